@@ -1,0 +1,1 @@
+"""ONNX model to something that runs: one module a runtime."""

@@ -1,0 +1,1 @@
+"""Keras model to ONNX model: networks, weights, conversion, clean-ups and checks."""
