@@ -1,20 +1,22 @@
 """The ordered list of graph clean-ups after conversion.
 
 Each is a function of one model in export/passes, with its algebra in the file's header. `clean` works while every
-end point is an output, so that shapes of all of them can be checked; `select` then leaves the wished ones.
+end point is an output, so that shapes of all of them can be checked; `finish` then leaves the wished ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from export.errors import ModelError
 from export.passes.constants import fix_reshape_targets, fold_constants
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
+from export.passes.interface import set_interface
 from export.passes.layout import reshape_unit_transposes, sink_transposes
 
 
@@ -34,15 +36,18 @@ def clean(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
-def select(model: ir.Model, outputs: Sequence[str]) -> None:
-    """Leaves `outputs`, in that order, and only the nodes and weights that they need."""
+def finish(model: ir.Model, outputs: Sequence[str], normalisation: str | None, channels_first: bool) -> None:
+    """Leaves `outputs`, in that order, with what they need; sets what is fed and fetched; gives the final names."""
     by_name = {value.name: value for value in model.graph.outputs}
     model.graph.outputs[:] = [by_name[name] for name in outputs]
     common.RemoveUnusedNodesPass()(model)
+    set_interface(model, normalisation, channels_first)
+    reshape_unit_transposes(model)
     drop_identities(model)
     _merge_output_identities(model)
-    rename(model)
+    common.RemoveUnusedNodesPass()(model)
     model.graph.sort()
+    rename(model)
 
 
 def drop_identities(model: ir.Model) -> None:
@@ -104,6 +109,12 @@ def _role(op_type: str, index: int) -> str:
     return ROLES[op_type][index] if op_type in ROLES else f"operand_{index}"
 
 
-def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as protobuf, with every intermediate shape inferred again from the final nodes."""
-    return ir.to_proto(model)
+def save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes the model with `metadata`, the same bytes for the same model."""
+    model.producer_name, model.producer_version, model.graph.name = "enginesmith", "", metadata["enginesmith.network"]
+    model.metadata_props.clear()
+    model.metadata_props.update(sorted(metadata.items()))
+    try:
+        ir.save(model, path)
+    except ValueError as error:  # protobuf's own limit
+        raise ModelError(f"model {model.graph.name}", f"cannot be written ({error})", "an ONNX file below 2 GiB") from error

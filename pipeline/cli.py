@@ -1,0 +1,158 @@
+"""The command line: the only place that prints, and that turns an error into an exit code.
+
+Exit 0: done. 1: an error of the user's or the machine's, in one line on stderr. 2: usage. 3: a check failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from export.errors import EnginesmithError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.export import ExportResult
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Keras networks to verified ONNX models and the fastest engines that run them.")
+
+
+@app.callback()
+def stages() -> None:
+    """Keras networks to verified ONNX models and the fastest engines that run them."""
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(
+        help="A network of the catalog, a .keras or .h5 file, a SavedModel folder, or package.module:function.")],
+    out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
+    name: Annotated[str | None, typer.Option(help="Name of the artifact folder instead of the model's.")] = None,
+    weights: Annotated[str | None, typer.Option(
+        metavar="random|imagenet|PATH",
+        help="TF checkpoint (V1, V2), .weights.h5 or .keras. Default: random, or a model's own.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes; a checkpoint tells its own.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Input height and width in pixels.")] = None,
+    batch: Annotated[str, typer.Option(metavar="dynamic|N", help="Batch size of the ONNX model.")] = "dynamic",
+    outputs: Annotated[str | None, typer.Option(metavar="NAME,...", help="End points to export, e.g. logits.")] = None,
+    option: Annotated[list[str] | None, typer.Option(
+        metavar="KEY=VALUE", help="Option of the network, e.g. output_stride=16; repeatable.")] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 14 to 18.")] = 18,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and of the check's inputs.")] = 0,
+    preprocess: Annotated[str, typer.Option(
+        metavar="none|own|tf|caffe|torch|rgb_mean|facenet",
+        help="Take uint8 pixels and normalise inside the graph; own: as the network was trained.")] = "none",
+    layout: Annotated[str, typer.Option(metavar="nhwc|nchw", help="Layout of images and 4-D outputs.")] = "nhwc",
+    unsafe: Annotated[bool, typer.Option("--unsafe", help="Run Python code stored in a .keras file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Export again, even if an identical export is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, and nothing else.")] = False,
+) -> None:
+    """Export MODEL to ONNX, checked against Keras in every shape and in its numbers."""
+    from pipeline import export as stage
+
+    _settle_environment()
+    request = stage.ExportRequest(
+        model, out, name, weights, classes, _size(size), _batch(batch), _names(outputs), _options(option or []), opset,
+        seed, preprocess, layout, unsafe, force)
+    result = stage.export(request, _progress(as_json))
+    if as_json:
+        print(json.dumps(result.manifest))
+    else:
+        _print_export(result)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"size {text!r}", "not a size", "HxW in pixels, e.g. 224x224")
+    return int(parts[0]), int(parts[-1])
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise UsageError(f"batch {text!r}", "not a batch size", "dynamic, or 1 and more")
+    return int(text)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _options(pairs: list[str]) -> dict[str, str]:
+    wrong = next((pair for pair in pairs if "=" not in pair), None)
+    if wrong is not None:
+        raise UsageError(f"option {wrong!r}", "has no value", "KEY=VALUE, e.g. include_top=false")
+    return dict(pair.split("=", 1) for pair in pairs)  # type: ignore[misc]
+
+
+def _settle_environment() -> None:
+    """Before TensorFlow is loaded: on the CPU unless asked, and without its start-up log."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+
+# --- printing --------------------------------------------------------------------------------------------------
+
+def _progress(silent: bool) -> Callable[[str], None]:
+    """One line a step on stderr when it starts; nothing with --json."""
+    if silent:
+        return lambda step: None
+    return lambda step: print(f"{step} ...", file=sys.stderr, flush=True)
+
+
+def _print_export(result: ExportResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from export.checks import text
+
+    console, manifest = Console(), result.manifest
+    shapes = Table("end point", "declared", "Keras", "ONNX", title=f"Shapes of {manifest['name']}")
+    for row in result.end_points:
+        shapes.add_row(row.name, "-" if row.declared is None else text(row.declared), text(row.keras), text(row.onnx))
+    console.print(shapes)
+    numbers = Table("output", "batch", "optimizations", "relative L2", "max abs", "top-1",
+                    title="ONNX Runtime against Keras")
+    for c in result.comparisons:
+        numbers.add_row(c.output, str(c.batch), c.optimizations, f"{c.relative_l2:.1e}", f"{c.max_abs:.1e}",
+                        f"{c.top1_agreement:.0%}")
+    console.print(numbers)
+    cost = manifest["cost"]
+    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in manifest["seconds"].items())
+    size = (result.folder / "model.onnx").stat().st_size / 1e6
+    lines = [f"{cost['parameters'] / 1e6:.2f} million parameters, {cost['gflops']:.2f} GFLOPs an image, {size:.1f} MB",
+             f"identical export found, nothing to do (--force exports again); it took {steps}" if result.reused else steps,
+             f"{result.folder / 'model.onnx'}"]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+# --- entry points ----------------------------------------------------------------------------------------------
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and exits with its code."""
+    try:
+        app(arguments, standalone_mode=True)
+    except EnginesmithError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the artifact folder is as it was", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_stage(stage: str) -> None:
+    """`python -m pipeline.<stage> ...` is `enginesmith <stage> ...`."""
+    main([stage, *sys.argv[1:]])
+
+

@@ -1,0 +1,127 @@
+"""Artifact folders: one writer at a time, and never a half-written state.
+
+A writer stages every file beside its name (`model.onnx.new`) and flushes it to disk. Renaming the staged manifest to
+`manifest.json.commit` is the moment of commit: from then on, whoever opens the folder finishes the renames. A kill
+before that moment leaves the earlier state, a kill after it the later one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from export.errors import WorkspaceError
+
+MANIFEST = "manifest.json"
+COMMIT = "manifest.json.commit"
+NEW = ".new"
+LOCK = ".lock"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Workspace]:
+    """The folder, made if absent and locked until the end of the block. Raises WorkspaceError."""
+    with _translated(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise WorkspaceError(f"artifact folder {folder}", "another enginesmith process is writing to it", "",
+                                 "wait for it to end, or give another --out or --name") from None
+        try:
+            workspace = Workspace(folder)
+            workspace.recover()
+            yield workspace
+        finally:
+            lock.release()
+
+
+@contextlib.contextmanager
+def _translated(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        where = error.filename or folder
+        raise WorkspaceError(f"artifact folder {folder}", f"{os.strerror(error.errno)} ({where})",
+                             "free space" if full else "a folder that can be written",
+                             "free some space, or give another --out" if full else "give another --out") from error
+
+
+class Workspace:
+    """An open artifact folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def recover(self) -> None:
+        """Ends a commit that was interrupted, or drops what an interrupted writer had staged."""
+        commit = self.folder / COMMIT
+        if commit.exists():
+            for name in json.loads(commit.read_bytes())["files"]:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / (name + NEW)).replace(self.folder / name)
+            commit.replace(self.folder / MANIFEST)
+            _flush_folder(self.folder)
+        for stale in self.folder.glob(f"*{NEW}"):
+            stale.unlink()
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, if it is there and every file it names is there with the same bytes."""
+        try:
+            manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_bytes())
+            whole = all(sha256(self.folder / name) == digest for name, digest in manifest["files"].items())
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return manifest if whole else None
+
+    def stage(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Has `write` make the file that commit() will call `name`; the path of the staged file."""
+        path = self.folder / (name + NEW)
+        write(path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return path
+
+    def commit(self, manifest: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        """Puts the staged files `names` and `manifest`, completed by their hashes, in place of the earlier ones."""
+        complete = {**manifest, "files": {name: sha256(self.folder / (name + NEW)) for name in names}}
+        text = json.dumps(complete, indent=2) + "\n"
+        staged = self.stage(MANIFEST, lambda path: path.write_text(text, "utf-8"))
+        staged.replace(self.folder / COMMIT)
+        _flush_folder(self.folder)
+        self.recover()
+        return complete
+
+    def reject(self, name: str) -> Path:
+        """Keeps a staged file as `<name>.rejected`."""
+        return (self.folder / (name + NEW)).replace(self.folder / f"{name}.rejected")
+
+    def discard(self) -> None:
+        """Drops what is staged."""
+        for staged in self.folder.glob(f"*{NEW}"):
+            staged.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
