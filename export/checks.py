@@ -88,8 +88,8 @@ def check_shapes(table: Iterable[EndPoint], declared: Iterable[str]) -> None:
 
 
 def text(shape: Shape | None) -> str:
-    """`batch x 56 x 56 x 256`"""
-    return "unknown" if shape is None else " x ".join("batch" if n is None else str(n) for n in shape)
+    """`Nx56x56x256`, N for an open batch."""
+    return "unknown" if shape is None else "x".join("N" if n is None else str(n) for n in shape)
 
 
 def infer_shapes(model: ir.Model) -> dict[str, Shape]:

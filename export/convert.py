@@ -80,13 +80,13 @@ def _proto(name: str, traced: Any, opset: int) -> onnx.ModelProto:
 
 
 def _unsupported(name: str, what: str, opset: int) -> ModelError:
-    return ModelError(f"model {name}", f"ONNX opset {opset} cannot express {what}", "layers made of standard operations",
-                      "replace the layer, or choose --outputs before it")
+    return ModelError(f"model {name}", f"ONNX opset {opset} cannot express {what}",
+                      "layers made of standard operations", "replace the layer, or choose --outputs before it")
 
 
 @contextlib.contextmanager
 def _translated(name: str, opset: int) -> Iterator[None]:
-    """tf2onnx raises plain ValueError, NotImplementedError, AssertionError and RuntimeError for what it cannot map."""
+    """tf2onnx raises plain ValueError, NotImplementedError, AssertionError and others for what it lacks."""
     try:
         yield
     except (ValueError, NotImplementedError, AssertionError, RuntimeError, KeyError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export.errors import ModelError
+from export import onnx_file
 from export.passes.constants import fix_reshape_targets, fold_constants
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.interface import set_interface
@@ -54,7 +54,7 @@ def drop_identities(model: ir.Model) -> None:
     """Identity(x) = x, but for the one that ends every end point."""
     for node in model.graph:
         if node.op_type == "Identity" and not node.outputs[0].is_graph_output():
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
             model.graph.remove(node, safe=True)
 
 
@@ -114,7 +114,4 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version, model.graph.name = "enginesmith", "", metadata["enginesmith.network"]
     model.metadata_props.clear()
     model.metadata_props.update(sorted(metadata.items()))
-    try:
-        ir.save(model, path)
-    except ValueError as error:  # protobuf's own limit
-        raise ModelError(f"model {model.graph.name}", f"cannot be written ({error})", "an ONNX file below 2 GiB") from error
+    onnx_file.write(model, path)

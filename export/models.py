@@ -125,7 +125,8 @@ def _input(value: Any, only: bool, size: tuple[int, int] | None) -> Any:
     image = only and len(shape) == 3
     if image and size is not None:
         if any(own not in (None, wished) for own, wished in zip(shape, size, strict=False)):
-            raise UsageError(f"size {size[0]}x{size[1]}", f"the model's input is {shape[0]}x{shape[1]}", "the same size")
+            raise UsageError(f"size {size[0]}x{size[1]}", f"the model's input is {shape[0]}x{shape[1]}",
+                             "the same size")
         shape = (*size, shape[2])
     if None in shape:
         raise ModelError(f"input {value.name}", f"shape {value.shape}", "every size known but the batch",

@@ -82,7 +82,8 @@ def assign(model: keras.Model, config: NetworkConfig, variables: Variables) -> N
     problems = [f"{kind} {len(names)}: {listed(sorted(names))}" for kind, names in
                 (("missing", missing), ("of another shape", reshaped), ("unused", unused)) if names]
     if problems:
-        raise WeightsError(f"weights {variables.source}", ", ".join(problems), f"exactly the variables of {config.name}",
+        raise WeightsError(f"weights {variables.source}", ", ".join(problems),
+                           f"exactly the variables of {config.name}",
                            "check the network's name, --classes and --option")
     for name, variable in targets.items():
         value = variables.read(source_name[name])
@@ -248,8 +249,7 @@ def random_variables(model: keras.Model, config: NetworkConfig, seed: int) -> Va
 
 def _ends_unit(name: str) -> bool:
     """Whether this is the last convolution of a residual unit."""
-    return bool(re.search(r"bottleneck_v2/conv3/weights$|basic_v2/conv2/weights$|[bB]lock\d+(_\d+)?/Conv2d_1x1/weights$",
-                          name))
+    return bool(re.search(r"(bottleneck_v2/conv3|basic_v2/conv2|[bB]lock\d+(_\d+)?/Conv2d_1x1)/weights$", name))
 
 
 # --- what was loaded -------------------------------------------------------------------------------------------

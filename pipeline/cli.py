@@ -6,7 +6,6 @@ Exit 0: done. 1: an error of the user's or the machine's, in one line on stderr.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +55,6 @@ def export(
     """Export MODEL to ONNX, checked against Keras in every shape and in its numbers."""
     from pipeline import export as stage
 
-    _settle_environment()
     request = stage.ExportRequest(
         model, out, name, weights, classes, _size(size), _batch(batch), _names(outputs), _options(option or []), opset,
         seed, preprocess, layout, unsafe, force)
@@ -92,13 +90,7 @@ def _options(pairs: list[str]) -> dict[str, str]:
     wrong = next((pair for pair in pairs if "=" not in pair), None)
     if wrong is not None:
         raise UsageError(f"option {wrong!r}", "has no value", "KEY=VALUE, e.g. include_top=false")
-    return dict(pair.split("=", 1) for pair in pairs)  # type: ignore[misc]
-
-
-def _settle_environment() -> None:
-    """Before TensorFlow is loaded: on the CPU unless asked, and without its start-up log."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 # --- printing --------------------------------------------------------------------------------------------------
@@ -111,28 +103,30 @@ def _progress(silent: bool) -> Callable[[str], None]:
 
 
 def _print_export(result: ExportResult) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from export.checks import text
 
     console, manifest = Console(), result.manifest
-    shapes = Table("end point", "declared", "Keras", "ONNX", title=f"Shapes of {manifest['name']}")
+    shapes = Table("end point", "declared", "Keras", "ONNX", box=SIMPLE_HEAD,
+                   title=f"Shapes of the end points of {manifest['network']} (N: batch)")
     for row in result.end_points:
         shapes.add_row(row.name, "-" if row.declared is None else text(row.declared), text(row.keras), text(row.onnx))
     console.print(shapes)
-    numbers = Table("output", "batch", "optimizations", "relative L2", "max abs", "top-1",
+    numbers = Table("output", "batch", "optimizations", "relative L2", "max abs", "top-1", box=SIMPLE_HEAD,
                     title="ONNX Runtime against Keras")
     for c in result.comparisons:
         numbers.add_row(c.output, str(c.batch), c.optimizations, f"{c.relative_l2:.1e}", f"{c.max_abs:.1e}",
                         f"{c.top1_agreement:.0%}")
     console.print(numbers)
-    cost = manifest["cost"]
-    steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in manifest["seconds"].items())
-    size = (result.folder / "model.onnx").stat().st_size / 1e6
-    lines = [f"{cost['parameters'] / 1e6:.2f} million parameters, {cost['gflops']:.2f} GFLOPs an image, {size:.1f} MB",
-             f"identical export found, nothing to do (--force exports again); it took {steps}" if result.reused else steps,
-             f"{result.folder / 'model.onnx'}"]
+    cost, steps = manifest["cost"], manifest["seconds"]
+    path = result.folder / "model.onnx"
+    took = f"{sum(steps.values()):.1f} s: " + ", ".join(f"{step} {seconds:.1f}" for step, seconds in steps.items())
+    lines = [f"{cost['parameters'] / 1e6:.2f} million parameters, {cost['gflops']:.2f} GFLOPs an image, "
+             f"{path.stat().st_size / 1e6:.1f} MB",
+             f"identical export found (--force exports again); it took {took}" if result.reused else took, f"{path}"]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
 

@@ -17,23 +17,25 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from export import catalog, preprocess
+from export import catalog
 from export.catalog import NetworkConfig
-from export.checks import BATCHES, Comparison, EndPoint
 from export.errors import CheckFailed, UsageError, listed
+from export.quiet import load_tensorflow
 from pipeline import workspace
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
     import onnx_ir as ir
+
+    from export.checks import Comparison, EndPoint
+
+    Case = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # inputs, Keras's outputs
 
 MODEL, REFERENCE = "model.onnx", "reference.npz"
 TOOLS = ("enginesmith", "keras", "tensorflow", "tf2onnx", "onnx", "onnx-ir", "onnxruntime", "numpy")
 Progress = Callable[[str], None]
-Case = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # inputs, Keras's outputs
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Source:
 
 
 def _check(request: ExportRequest) -> None:
-    from export import models
+    from export import models, preprocess
 
     if not 14 <= request.opset <= 18:
         raise UsageError(f"opset {request.opset}", "tf2onnx writes 14 to 18", "one of those")
@@ -117,7 +119,8 @@ def _source(request: ExportRequest) -> Source:
         weights = request.weights or "own"
         if weights in ("random", "imagenet"):
             raise UsageError(f"weights {weights}", f"{request.model} is not in the catalog", "own, or a weights file")
-        return Source(request.name or models.artifact_name(request.model), None, weights, _recipe(request, None, weights))
+        name = request.name or models.artifact_name(request.model)
+        return Source(name, None, weights, _recipe(request, None, weights))
     config, weights = _catalog_source(request)
     return Source(request.name or config.name, config, weights, _recipe(request, config, weights))
 
@@ -133,6 +136,7 @@ def _catalog_source(request: ExportRequest) -> tuple[NetworkConfig, str]:
     config = catalog.configure(spec.name, request.size, classes, options)
     if classes is None and spec.heads and _is_checkpoint(weights):
         from export.weights import checkpoint_classes
+        load_tensorflow()
         found = checkpoint_classes(weights, spec)
         if found is not None:
             config = catalog.configure(spec.name, request.size, found - bool(config.options.get("drop_background")),
@@ -177,11 +181,13 @@ def tool_versions() -> dict[str, str]:
 # --- the export ------------------------------------------------------------------------------------------------
 
 def _export(request: ExportRequest, source: Source, folder: Workspace, progress: Progress) -> ExportResult:
-    from export import checks, convert, graph, weights
+    from export import checks, convert, graph, preprocess, weights
     from export.cost import cost
 
     clock = Clock(progress)
-    clock.start("load")
+    clock.start("load TensorFlow")
+    load_tensorflow()
+    clock.start("load model")
     model = _load(request, source)
     outputs = _outputs(request, source, tuple(model.output))
     digest = weights.fingerprint(model)
@@ -296,7 +302,7 @@ def _cases(request: ExportRequest, model: keras.Model, onnx_model: ir.Model, out
     from export import checks
 
     cases = []
-    for batch in BATCHES if request.batch is None else (request.batch,):
+    for batch in checks.BATCHES if request.batch is None else (request.batch,):
         inputs = checks.seeded_inputs(onnx_model, batch, request.seed)
         cases.append((inputs, checks.keras_outputs(model, inputs, outputs, normalisation, request.layout == "nchw")))
     return cases
@@ -320,6 +326,8 @@ def _reference(cases: list[Case]) -> dict[str, np.ndarray]:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    import numpy as np
+
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -330,6 +338,8 @@ def _specs(values: Any) -> list[dict[str, Any]]:
 
 
 def _reused(folder: Workspace, manifest: dict[str, Any]) -> ExportResult:
+    from export.checks import Comparison, EndPoint
+
     def shape(value: Any) -> Any:
         return value if value is None else tuple(value)
 

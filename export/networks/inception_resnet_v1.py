@@ -71,7 +71,7 @@ def build(config: NetworkConfig) -> keras.Model:
     ends["Mixed_8b"] = x = _residual(x, f"{scope}/Block8", UNITS["block8"], 1.0, relu=False)
     ends["PreLogitsFlatten"] = x = layers.GlobalAveragePooling2D(name="PreLogitsFlatten")(x)
     x = layers.Dropout(0.2, name=f"{scope}.Dropout")(x)
-    x = STYLE.dense(x, f"{scope}/Bottleneck", config.options["embedding"], bias=False)
+    x = STYLE.dense(x, f"{scope}/Bottleneck", int(config.options["embedding"] or 0), bias=False)
     ends["PreLogits"] = x = STYLE.norm(x, f"{scope}/Bottleneck/BatchNorm")
     ends["embeddings"] = layers.UnitNormalization(name="embeddings")(x)
     if config.classes:  # outside of the network's scope in [2]

@@ -51,7 +51,7 @@ class ConvStyle:
             momentum=self.momentum, epsilon=self.epsilon, scale=self.scale, name=dotted(scope))
         return layer(x)
 
-    def conv(self, x: KerasTensor, scope: str, channels: int, kernel: int | tuple[int, int], stride: int = 1,
+    def conv(self, x: KerasTensor, scope: str, channels: int | None, kernel: int | tuple[int, int], stride: int = 1,
              padding: str = "same", rate: int = 1, bias: bool | None = None, relu: bool = True,
              norm: bool | None = None) -> KerasTensor:
         """Convolution, then batch norm or bias as the style has it, then ReLU."""
@@ -65,7 +65,8 @@ class ConvStyle:
             x = self.norm(x, f"{scope}/BatchNorm")
         return layers.ReLU(name=dotted(f"{scope}/Relu"))(x) if relu else x
 
-    def dense(self, x: KerasTensor, scope: str, units: int, bias: bool = True, relu: bool = False) -> KerasTensor:
+    def dense(self, x: KerasTensor, scope: str, units: int | None, bias: bool = True, relu: bool = False
+              ) -> KerasTensor:
         layer = layers.Dense(units, "relu" if relu else None, bias, self.initializer(),
                              kernel_regularizer=self.regularizer(), name=dotted(scope))
         return layer(x)

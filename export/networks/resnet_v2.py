@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 from keras import KerasTensor, layers
 
@@ -76,7 +78,7 @@ def _preact(x: KerasTensor, scope: str, channels: int, stride: int) -> tuple[Ker
 
 
 def _strided(x: KerasTensor, scope: str, channels: int, kernel: int, stride: int, rate: int = 1,
-             **kwargs: bool) -> KerasTensor:
+             **kwargs: Any) -> KerasTensor:
     """`conv2d_same` of [2]: with a stride, pads alike on both sides, where SAME depends on the input's size."""
     if stride == 1:
         return STYLE.conv(x, scope, channels, kernel, rate=rate, **kwargs)

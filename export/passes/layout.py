@@ -30,10 +30,11 @@ from export.passes.constants import reshape_target
 from export.passes.values import attributes, constant, dims, integer, ints, make_constant, make_node, replace
 
 Perm = tuple[int, ...]
-ELEMENTWISE = frozenset("""Abs Acos Add And Asin Atan BitShift Cast Ceil Clip Cos Div Elu Equal Erf Exp Floor Gelu
-    Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish
-    Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Tan Tanh
-    ThresholdedRelu Where Xor""".split())
+ELEMENTWISE = frozenset(
+    "Abs Acos Add And Asin Atan BitShift Cast Ceil Clip Cos Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual "
+    "HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or "
+    "PRelu Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Tan Tanh ThresholdedRelu "
+    "Where Xor".split())
 
 
 def inverse(perm: Sequence[int]) -> Perm:
@@ -184,7 +185,8 @@ def _on_axis(default: int) -> Callable[[_Sink, ir.Node], bool]:
                       num_outputs=len(node.outputs), name=node.name)
         sink.graph.insert_before(node, new)
         for old, out in zip(node.outputs, new.outputs, strict=True):
-            out.dtype = old.dtype
+            if old.dtype is not None:
+                out.dtype = old.dtype
             out.shape = None if old.shape is None else ir.Shape([old.shape[i] for i in inverse(perm)])
             sink.put_value(old, out, perm)
         return True
@@ -206,14 +208,12 @@ def _reduce(sink: _Sink, node: ir.Node) -> bool:
     axes = _axes(node, 1, len(perm))
     if axes is None:
         return False
-    new_axes = make_constant(sink.graph, np.array(sorted(perm[a] for a in axes), np.int64), f"{node.name}/axes")
-    inputs = [source, new_axes] if "axes" not in node.attributes else [source]
-    if "axes" in node.attributes:
-        return False  # an opset below 18; fed by nobody since the axes became an input
-    if integer(node, "keepdims", 1):
-        return sink.put(node, inputs, perm)
     kept = [perm[i] for i in range(len(perm)) if i not in axes]
-    return sink.put(node, inputs, tuple(sorted(kept).index(i) for i in kept))
+    out = perm if integer(node, "keepdims", 1) else tuple(sorted(kept).index(i) for i in kept)
+    moved = sorted(perm[a] for a in axes)
+    if "axes" in node.attributes:  # before opset 18
+        return sink.put(node, [source], out, axes=moved)
+    return sink.put(node, [source, make_constant(sink.graph, np.array(moved, np.int64), f"{node.name}/axes")], out)
 
 
 def _pad(sink: _Sink, node: ir.Node) -> bool:
@@ -262,8 +262,8 @@ def _reshape(sink: _Sink, node: ir.Node) -> bool:
     return _flatten(sink, node, source, perm, sizes, shape)
 
 
-def _flatten(sink: _Sink, node: ir.Node, source: ir.Value, perm: Perm, sizes: Sequence[int | None],
-             shape: Sequence[int | None]) -> bool:
+def _flatten(sink: _Sink, node: ir.Node, source: ir.Value, perm: Perm, sizes: tuple[int | None, ...],
+             shape: tuple[int | None, ...]) -> bool:
     """(batch, ...) -> (batch, n), read by dense layers only: their rows take the source's order."""
     users = [use.node for use in node.outputs[0].uses()]
     dense = [u for u in users if u.op_type in ("MatMul", "Gemm") and u.inputs[0] is node.outputs[0]

@@ -32,7 +32,9 @@ def make_node(before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], 
     """The only output of a new node that stands before node `before`."""
     node = ir.node(op_type, inputs, attributes, name=name or before.name)
     out = node.outputs[0]
-    out.shape, out.dtype = shape, dtype or inputs[0].dtype if inputs and inputs[0] is not None else dtype
+    out.shape = shape
+    if dtype is not None:
+        out.dtype = dtype
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return out
@@ -69,7 +71,7 @@ def text(node: ir.Node, name: str, default: str) -> str:
 
 def attributes(node: ir.Node) -> dict[str, Any]:
     """A copy of the attributes, to build an altered node from."""
-    return {name: attribute for name, attribute in node.attributes.items()}
+    return dict(node.attributes)
 
 
 def replace(node: ir.Node, *replacements: ir.Value) -> None:
