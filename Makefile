@@ -1,0 +1,22 @@
+# make run    the main job, on resnet_v2_50; another network by MODEL=...
+# make test   the tests, in an environment of their own
+PYTHON ?= python3.11
+MODEL ?= resnet_v2_50
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test lint
+run: $(VENV)/.ready
+	$(BIN)/python -m pipeline.export $(MODEL)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,rtx,dev]"
+	touch $@
