@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import keras
 
 BATCH = "batch"
+CALLS = frozenset(("PartitionedCall", "StatefulPartitionedCall"))
+LOOPS = frozenset(("While", "StatelessWhile", "If", "StatelessIf"))
 IR_VERSION = 10  # what ONNX Runtime 1.18 and TensorRT 10 read; nothing here needs a later one
 
 
@@ -34,34 +36,50 @@ def to_onnx(model: keras.Model, batch: int | None, opset: int) -> ir.Model:
     """
     import tensorflow as tf
 
-    weights = (model.trainable_variables, model.non_trainable_variables)
     names: list[str] = []
 
-    def forward(inputs: Any, *variables: Any) -> Any:
-        outputs = model.stateless_call(*variables, inputs, training=False)[0]
-        names[:] = outputs
+    def outputs_of(result: Any) -> list[Any]:
+        names[:] = result
         # an Identity each, so that two names for one tensor stay two outputs
-        return [tf.identity(value) for value in outputs.values()]
+        return [tf.identity(value) for value in result.values()]
 
-    specs = [[tf.TensorSpec(v.shape, v.dtype) for v in group] for group in weights]
+    def with_weights(inputs: Any, trainable: Any, others: Any) -> list[Any]:
+        return outputs_of(model.stateless_call(trainable, others, inputs, training=False)[0])
+
+    weights = (model.trainable_variables, model.non_trainable_variables)
     inputs = [tf.TensorSpec((batch, *v.shape[1:]), v.dtype, name=v.name) for v in model.inputs]
-    traced = tf.function(forward).get_concrete_function(inputs if len(inputs) > 1 else inputs[0], *specs)
-    fed = [*model.inputs, *weights[0], *weights[1]]
-    if len(traced.inputs) > len(fed) or _has_calls(traced.graph):  # a SavedModel keeps its variables to itself
-        traced = _frozen(traced)
+    fed = inputs if len(inputs) > 1 else inputs[0]
+    specs = [[tf.TensorSpec(v.shape, v.dtype) for v in group] for group in weights]
+    traced, sources = _traced(with_weights, fed, *specs), [*model.inputs, *weights[0], *weights[1]]
+    if _has(traced.graph, LOOPS):  # tf2onnx finds an LSTM or GRU in a loop only if its weights are constants
+        traced, sources = _traced(lambda x: outputs_of(model(x, training=False)), fed), list(model.inputs)
+    if len(traced.inputs) > len(sources) or _has(traced.graph, CALLS):
+        traced = _frozen(traced)  # a SavedModel keeps its variables to itself
     proto = _proto(model.name, traced, opset)
-    by_name = {tensor.name: source for tensor, source in zip(traced.inputs, fed, strict=True)}
+    by_name = {tensor.name: source for tensor, source in zip(traced.inputs, sources, strict=True)}
     return _assemble(proto, by_name, names, batch)
 
 
-def _has_calls(graph: Any) -> bool:
-    return any(op.type in ("PartitionedCall", "StatefulPartitionedCall") for op in graph.get_operations())
+def _traced(function: Any, *specs: Any) -> Any:
+    """A concrete function; functions that Keras compiles by XLA (a grouped convolution) are traced into it."""
+    import tensorflow as tf
+
+    eager = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        return tf.function(function).get_concrete_function(*specs)
+    finally:
+        tf.config.run_functions_eagerly(eager)
+
+
+def _has(graph: Any, types: frozenset[str]) -> bool:
+    return any(op.type in types for op in graph.get_operations())
 
 
 def _frozen(traced: Any) -> Any:
     """The function with its captured variables as constants and its calls inlined."""
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-    return convert_variables_to_constants_v2(traced, lower_control_flow=False)
+    return convert_variables_to_constants_v2(traced, lower_control_flow=False, aggressive_inlining=True)
 
 
 def _proto(name: str, traced: Any, opset: int) -> onnx.ModelProto:
@@ -69,7 +87,8 @@ def _proto(name: str, traced: Any, opset: int) -> onnx.ModelProto:
 
     with _quiet(), _translated(name, opset):
         graph = tfonnx.process_tf_graph(traced.graph, opset=opset, input_names=[t.name for t in traced.inputs],
-                                        output_names=[t.name for t in traced.outputs])
+                                        output_names=[t.name for t in traced.outputs],
+                                        custom_op_handlers={"Erfc": (_erfc, [])})
         proto = graph.make_model(name)
     foreign = sorted({node.op_type for node in proto.graph.node
                       if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type)}
@@ -77,6 +96,15 @@ def _proto(name: str, traced: Any, opset: int) -> onnx.ModelProto:
     if foreign:
         raise _unsupported(name, listed(foreign), opset)
     return proto
+
+
+def _erfc(context: Any, node: Any, name: str, args: list[Any]) -> None:
+    """erfc(x) = 1 - erf(x), which tf2onnx does not know; Keras's exact GELU uses it."""
+    dtype = context.get_dtype(node.output[0])
+    node.type = "Sub"
+    erf = context.make_node("Erf", [node.input[0]], dtypes=[dtype], shapes=[context.get_shape(node.output[0])])
+    one = context.make_const(f"{name}/one", np.ones((), np.float32))
+    context.replace_inputs(node, [one.output[0], erf.output[0]])
 
 
 def _unsupported(name: str, what: str, opset: int) -> ModelError:

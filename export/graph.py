@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 
 from export import onnx_file
 from export.passes.constants import fix_reshape_targets, fold_constants
+from export.passes.dense import unflatten_dense
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.interface import set_interface
 from export.passes.layout import reshape_unit_transposes, sink_transposes
@@ -27,6 +28,7 @@ def clean(model: ir.Model) -> None:
     fix_reshape_targets(model)
     drop_identities(model)
     common.RemoveUnusedNodesPass()(model)
+    unflatten_dense(model)
     sink_transposes(model)
     reshape_unit_transposes(model)
     fold_constants(model)

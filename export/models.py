@@ -136,10 +136,11 @@ def _input(value: Any, only: bool, size: tuple[int, int] | None) -> Any:
 
 def _outputs(model: Any) -> dict[str, Any]:
     """Output name -> tensor: the dict's keys, or the names of the layers that end the model."""
-    if isinstance(model.output, dict):
-        return dict(model.output)
+    structure = getattr(model, "output", None)  # a Sequential model has none, but has outputs
+    if isinstance(structure, dict):
+        return dict(structure)
     tensors = list(model.outputs)
-    names = list(getattr(model, "output_names", ()) or [])
+    names = [tensor._keras_history.operation.name for tensor in tensors]
     if len(set(names)) != len(tensors):
         names = [f"output_{i}" for i in range(len(tensors))]
     return dict(zip(names, tensors, strict=True))

@@ -23,6 +23,7 @@ def load_tensorflow() -> None:
         import tensorflow as tf
 
         tf.zeros(())  # the first operation starts the runtime, which logs too
+    tf.get_logger().setLevel("ERROR")  # Keras retraces a grouped convolution, and TensorFlow warns the user of it
 
 
 @contextlib.contextmanager

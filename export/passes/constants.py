@@ -10,6 +10,7 @@ Reshape targets that are computed from the batch size at run time become constan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,10 +91,17 @@ def fix_reshape_targets(model: ir.Model) -> None:
 
 
 def reshape_target(source: tuple[int | None, ...] | None, target: tuple[int | None, ...] | None) -> np.ndarray | None:
-    """The constant that reshapes `source` to `target`; None where two sizes are unknown."""
-    if source is None or target is None:
+    """The constant that reshapes `source` to `target`; None where more than one size is unknown.
+
+    An unknown first size on both sides is the batch if the others have equal products; 0 keeps its name.
+    """
+    if source is None or target is None or target.count(None) > 1 or 0 in target:
         return None
     sizes = [-1 if n is None else n for n in target]
-    if source and target and source[0] is None and target[0] is None:
+    if source[:1] == target[:1] == (None,) and None not in source[1:] and _product(source[1:]) == _product(target[1:]):
         sizes[0] = 0
-    return np.array(sizes, np.int64) if sizes.count(-1) <= 1 and 0 not in target else None
+    return np.array(sizes, np.int64)
+
+
+def _product(sizes: tuple[int | None, ...]) -> int:
+    return math.prod(n or 0 for n in sizes)

@@ -233,8 +233,8 @@ def _slice(sink: _Sink, node: ir.Node) -> bool:
     axes = _axes(node, 3, len(perm))
     if starts is None or axes is None:
         return False
-    new_axes = [perm[a] for a in axes[:len(starts)]]
-    inputs = [source, *node.inputs[1:3], make_constant(sink.graph, np.array(new_axes, np.int64), f"{node.name}/axes")]
+    new_axes = np.array([perm[a] for a in axes[:len(starts)]], starts.dtype)
+    inputs = [source, *node.inputs[1:3], make_constant(sink.graph, new_axes, f"{node.name}/axes")]
     return sink.put(node, [*inputs, *node.inputs[4:]], perm)
 
 
@@ -269,6 +269,8 @@ def _flatten(sink: _Sink, node: ir.Node, source: ir.Value, perm: Perm, sizes: tu
     dense = [u for u in users if u.op_type in ("MatMul", "Gemm") and u.inputs[0] is node.outputs[0]
              and constant(u.inputs[1]) is not None and not integer(u, "transB", 0)]
     if len(shape) != 2 or perm[0] != 0 or None in sizes[1:] or len(dense) != len(users) or not users:
+        return False
+    if shape[1] != int(np.prod(sizes[1:])):  # type: ignore[arg-type]
         return False
     fixed = reshape_target(sizes, shape)
     if fixed is None or node.outputs[0].is_graph_output():
