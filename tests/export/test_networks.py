@@ -1,0 +1,246 @@
+"""Every network against its original, end to end: weights by name, shapes, numbers, and a clean graph.
+
+Each network is built and converted once, with every end point as an output; the tests read what that run recorded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export import catalog, checks, convert, graph, networks, weights
+from export.catalog import NetworkConfig
+from export.checks import Comparison, EndPoint
+from tests.golden.reference import CASES, Case, summary
+
+TOLERANCE = 1e-4
+# 13, 16c and 19 differ from the VGGs of CASES in their convolutions only
+RANDOM = {
+    "vgg_11_lrn": {}, "vgg_13": {"include_top": "false"}, "vgg_16c": {"include_top": "false"},
+    "vgg_19": {"include_top": "false"}, "resnet_v2_18": {}, "resnet_v2_34": {}, "resnet_v2_101": {},
+    "resnet_v2_200": {},
+}
+
+# counted by hand from the papers' tables: one Conv a convolution, a BatchNormalization for each pre-activation and
+# the last norm (the norms inside a unit follow a convolution and fold), one Gemm a dense layer, one Transpose
+OPERATIONS: dict[str, dict[str, int]] = {
+    "alexnet": {"Transpose": 1, "Conv": 5, "Relu": 7, "LRN": 2, "MaxPool": 3, "Reshape": 1, "Gemm": 3},
+    "alexnet_no_lrn": {"Transpose": 1, "Conv": 5, "Relu": 7, "MaxPool": 3, "Reshape": 1, "Gemm": 3},
+    "vgg_11": {"Transpose": 1, "Conv": 11, "Relu": 10, "MaxPool": 5, "Reshape": 1},
+    "vgg_11_lrn": {"Transpose": 1, "Conv": 11, "Relu": 10, "MaxPool": 5, "Reshape": 1, "LRN": 1},
+    # without the top, `pool5` is the output, in NHWC
+    "vgg_13": {"Transpose": 2, "Conv": 10, "Relu": 10, "MaxPool": 5},
+    "vgg_16c": {"Transpose": 2, "Conv": 13, "Relu": 13, "MaxPool": 5},
+    "vgg_16": {"Transpose": 1, "Conv": 16, "Relu": 15, "MaxPool": 5, "Reshape": 1},
+    "vgg_19": {"Transpose": 2, "Conv": 16, "Relu": 16, "MaxPool": 5},
+    "inception_v3": {"Transpose": 1, "Conv": 95, "Relu": 94, "MaxPool": 4, "AveragePool": 9, "Concat": 15,
+                     "ReduceMean": 1, "Reshape": 1},
+    "inception_resnet_v1": {"Transpose": 1, "Conv": 132, "Relu": 131, "MaxPool": 3, "Concat": 23, "Add": 21,
+                            "ReduceMean": 1, "Gemm": 1},
+    # convolutions: stem, 3 (or 2) a unit, a shortcut for each of the blocks that change width, logits
+    "resnet_v2_18": {"Transpose": 1, "Conv": 1 + 16 + 3 + 1, "BatchNormalization": 9, "Relu": 17, "Add": 8,
+                     "MaxPool": 4, "ReduceMean": 1, "Reshape": 1},
+    "resnet_v2_34": {"Transpose": 1, "Conv": 1 + 32 + 3 + 1, "BatchNormalization": 17, "Relu": 33, "Add": 16,
+                     "MaxPool": 4, "ReduceMean": 1, "Reshape": 1},
+    "resnet_v2_50": {"Transpose": 1, "Conv": 1 + 48 + 4 + 1, "BatchNormalization": 17, "Relu": 49, "Add": 16,
+                     "MaxPool": 4, "ReduceMean": 1, "Reshape": 1},
+    "resnet_v2_101": {"Transpose": 1, "Conv": 1 + 99 + 4 + 1, "BatchNormalization": 34, "Relu": 100, "Add": 33,
+                      "MaxPool": 4, "ReduceMean": 1, "Reshape": 1},
+    "resnet_v2_152": {"Transpose": 1, "Conv": 1 + 150 + 4 + 1, "BatchNormalization": 51, "Relu": 151, "Add": 50,
+                      "MaxPool": 4, "ReduceMean": 1, "Reshape": 1},
+    "resnet_v2_200": {"Transpose": 1, "Conv": 1 + 198 + 4 + 1, "BatchNormalization": 67, "Relu": 199, "Add": 66,
+                      "MaxPool": 4, "ReduceMean": 1, "Reshape": 1},
+    # no pooling at the end; block1 and block2 keep their strides, block3's becomes a dilation
+    "resnet_v2_50_dense_stride16": {"Transpose": 2, "Conv": 54, "BatchNormalization": 17, "Relu": 49, "Add": 16,
+                                    "MaxPool": 3},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one build and one conversion of a network gave."""
+
+    config: NetworkConfig
+    table: list[EndPoint]
+    keras: dict[str, np.ndarray]
+    onnx: dict[str, np.ndarray]
+    comparisons: list[Comparison]
+    operations: Counter[str]
+    variables: dict[str, tuple[int, ...]]
+
+
+@pytest.fixture(scope="module", params=OPERATIONS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Run]]:
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    yield name, convert_all(name, folder)
+    import keras
+
+    keras.backend.clear_session()
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def convert_all(name: str, folder: Path) -> Run:
+    case = CASES.get(name)
+    config = case.config if case else catalog.configure(name, options=RANDOM[name])
+    model = networks.build(config)
+    if case:
+        weights.assign(model, config, case.variables)
+    else:
+        weights.load(model, config, "random", 0)
+    ends = [config.default_output, *(case.stats if case else ())]
+    raw = convert.to_onnx(model, None, 18)
+    graph.clean(raw)
+    shapes = {end: tuple(tensor.shape) for end, tensor in model.output.items()}
+    table = checks.shape_table(raw, shapes, catalog.declared_shapes(config), None)
+    plain = raw.clone()
+    path, alone = folder / "ends.onnx", folder / "model.onnx"
+    for one, outputs, file in ((raw, ends, path), (plain, ends[:1], alone)):
+        graph.finish(one, outputs, None, False)
+        checks.infer_shapes(one)
+        graph.save(one, file, {"enginesmith.network": name})
+    checks.check_file(str(alone))
+    images = case.images if case else checks.seeded_inputs(plain, 1, 0)["images"]
+    truth = {end: np.asarray(value) for end, value in model(images, training=False).items() if end in ends}
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = dict(zip(ends, session.run(ends, {"images": images}), strict=True))
+    comparisons = checks.compare(str(alone), [({"images": images}, {ends[0]: truth[ends[0]]})])
+    variables = {variable: tuple(v.shape) for variable, v in weights.slim_variables(model).items()}
+    return Run(config, table, truth, found, comparisons, Counter(n.op_type for n in plain.graph), variables)
+
+
+def golden(name: str) -> Case:
+    if name not in CASES:
+        pytest.skip("no published weights-by-name reference of this variant; numbers are checked against Keras")
+    return CASES[name]
+
+
+def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def test_shapes_agree_three_ways(run: tuple[str, Run]) -> None:
+    _, found = run
+    assert len(found.table) >= 5
+    assert all(row.declared == row.keras == row.onnx for row in found.table)
+
+
+def test_operations(run: tuple[str, Run]) -> None:
+    name, found = run
+    assert dict(found.operations) == OPERATIONS[name]
+
+
+def test_onnx_equals_keras(run: tuple[str, Run]) -> None:
+    _, found = run
+    assert {row.optimizations for row in found.comparisons} == {"on", "off"}
+    assert all(row.relative_l2 < 1e-5 and row.top1_agreement == 1 for row in found.comparisons)
+    assert np.std(found.keras[found.config.default_output]) > 1e-3  # the comparison has something to compare
+
+
+def test_logits_equal_the_original(run: tuple[str, Run]) -> None:
+    name, found = run
+    expected = golden(name).arrays["logits"]
+    for source in (found.keras, found.onnx):
+        assert relative_l2(source["logits"].reshape(expected.shape), expected) < TOLERANCE
+
+
+def test_end_points_equal_the_original(run: tuple[str, Run]) -> None:
+    name, found = run
+    case = golden(name)
+    assert case.stats
+    for end, stats in case.stats.items():
+        for source in (found.keras, found.onnx):
+            np.testing.assert_allclose(summary(source[end]), stats, rtol=TOLERANCE, atol=TOLERANCE * np.abs(stats).max())
+        assert source[end].size == np.prod(case.arrays[f"shape/{end}"])
+
+
+def test_variables_are_the_originals(run: tuple[str, Run]) -> None:
+    name, found = run
+    assert found.variables == golden(name).shapes
+
+
+def test_random_weights_keep_activations_in_range(run: tuple[str, Run]) -> None:
+    name, found = run
+    if name in CASES:
+        pytest.skip("these weights are the reference's, not random ones")
+    assert 0.01 < np.std(found.keras[found.config.default_output]) < 100
+
+
+# --- options and training-only parts -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "size", "classes", "options"), [
+    ("alexnet", (63, 95), 7, {"include_top": "false"}),
+    ("inception_v3", (139, 107), 7, {}),
+    ("inception_v3", (75, 96), 7, {"aux_logits": "false"}),
+    ("inception_v3", (75, 75), None, {"include_top": "false"}),
+    ("resnet_v2_18", (1, 1), 7, {}),
+    ("resnet_v2_50", (97, 65), 7, {"output_stride": "8"}),
+    ("resnet_v2_50", (65, 33), 7, {"output_stride": "16", "global_pool": "false", "include_root_block": "false"}),
+    ("resnet_v2_34", (64, 64), 7, {"output_stride": "32", "drop_background": "true"}),
+    ("inception_resnet_v1", (75, 99), None, {"embedding": "512", "normalize": "true"}),
+    ("inception_resnet_v1", (96, 96), 11, {}),
+])
+def test_options_build_what_the_catalog_declares(name: str, size: tuple[int, int], classes: int | None,
+                                                 options: dict[str, str]) -> None:
+    config = catalog.configure(name, size, classes, options)
+    model = networks.build(config)
+    assert {end: tuple(v.shape) for end, v in model.output.items()} == catalog.declared_shapes(config)
+    assert config.default_output in model.output
+
+
+@pytest.mark.parametrize(("name", "options", "edge"), [
+    ("alexnet", {}, 57), ("vgg_11", {}, 224), ("vgg_13", {"include_top": "false"}, 32), ("inception_v3", {}, 107),
+    ("inception_v3", {"aux_logits": "false"}, 75), ("resnet_v2_18", {}, 1), ("inception_resnet_v1", {}, 75)])
+def test_smallest_size(name: str, options: dict[str, str], edge: int) -> None:
+    config = catalog.configure(name, options=options)
+    assert catalog.smallest_size(config) == (edge, edge)
+
+
+@pytest.mark.parametrize(("name", "options", "edge"), [
+    ("vgg_13", {"include_top": "false"}, 32), ("inception_resnet_v1", {}, 75)])
+def test_keras_itself_refuses_one_pixel_less(name: str, options: dict[str, str], edge: int) -> None:
+    spec = catalog.configure(name, options=options)
+    networks.build(catalog.NetworkConfig(spec.spec, (edge, edge), spec.classes, spec.options))
+    with pytest.raises(ValueError, match=r"dimension|negative|size"):
+        networks.build(catalog.NetworkConfig(spec.spec, (edge - 1, edge - 1), spec.classes, spec.options))
+
+
+def test_training_parts_of_resnet() -> None:
+    model = networks.build(catalog.configure("resnet_v2_18", (32, 32), 7))
+    norm = model.get_layer("resnet_v2_18.postnorm")
+    assert (norm.momentum, norm.epsilon, norm.scale) == (0.997, 1e-5, True)
+    # TF-Slim's decay is for half the sum of squares
+    assert float(model.get_layer("resnet_v2_18.logits").kernel_regularizer.l2) == pytest.approx(0.5e-4)
+
+
+def test_training_parts_of_inception() -> None:
+    model = networks.build(catalog.configure("inception_v3", (107, 107), 7))
+    norm = model.get_layer("InceptionV3.Conv2d_1a_3x3.BatchNorm")
+    assert (norm.momentum, norm.epsilon, norm.scale) == (0.9997, 1e-3, False)
+    assert model.get_layer("InceptionV3.Dropout_1b").rate == pytest.approx(0.2)  # TF-Slim keeps 0.8
+    assert float(model.get_layer("InceptionV3.Logits.Conv2d_1c_1x1").kernel_regularizer.l2) == pytest.approx(2e-5)
+
+
+def test_training_parts_of_facenet_and_alexnet() -> None:
+    facenet = networks.build(catalog.configure("inception_resnet_v1", (75, 75)))
+    norm = facenet.get_layer("InceptionResnetV1.Bottleneck.BatchNorm")
+    assert (norm.momentum, norm.epsilon, norm.scale) == (0.995, 1e-3, False)
+    alexnet = networks.build(catalog.configure("alexnet", (57, 57), 7))
+    assert [alexnet.get_layer(f"alexnet.dropout{n}").rate for n in (6, 7)] == [0.5, 0.5]
+
+
+def test_a_saved_network_loads_without_enginesmith_code_in_the_file(tmp_path: Path) -> None:
+    import keras
+
+    model = networks.build(catalog.configure("alexnet", (57, 57), 7, {"include_top": "false"}))
+    model.save(tmp_path / "alexnet.keras")
+    loaded = keras.saving.load_model(tmp_path / "alexnet.keras")
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 57, 57, 3)).astype(np.float32)
+    np.testing.assert_allclose(loaded(images)["pool5"], model(images)["pool5"], rtol=1e-6, atol=1e-6)
