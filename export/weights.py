@@ -193,16 +193,19 @@ def imagenet_variables(model: keras.Model, config: NetworkConfig) -> Variables:
     except Exception as error:  # what urllib and Keras raise for a failed download is not one type
         raise WeightsError("weights imagenet", f"download failed ({str(error)[:160]})", "",
                            "check the network, or give the file by --weights") from error
-    return application_variables(model, source)
+    return application_variables(model, source, config.spec)
 
 
-def application_variables(model: keras.Model, source: keras.Model) -> Variables:
+def application_variables(model: keras.Model, source: keras.Model, spec: NetworkSpec) -> Variables:
     """The weights of `source`, a keras.applications model, matched to `model` in the order of creation.
 
-    Both build the same architecture in the same order; a dense kernel takes the shape of the equal convolution.
+    Both build the same architecture in the same order, which TF-Slim's names tell when sorted, heads last; a dense
+    kernel takes the shape of the equal convolution.
     """
+    heads = tuple(f"{spec.scope}/{head}/" for head in spec.heads)
     values = [v for layer in sorted(source.layers, key=_creation) for v in layer.weights]
-    targets = sorted(slim_variables(model).items(), key=lambda item: _kind_first(item[0]))
+    targets = sorted(slim_variables(model).items(),
+                     key=lambda item: (_kind_first(item[0]), item[0].startswith(heads), item[0]))
     values.sort(key=lambda v: _kind_first(LEAVES.get(v.name, v.name)))
     if len(values) != len(targets):
         raise WeightsError(f"weights of {source.name}", f"{len(values)} variables", f"{len(targets)} of {model.name}")
