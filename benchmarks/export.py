@@ -1,9 +1,11 @@
 """Conversion side by side: ours, ours with every check, `tf2onnx.convert.from_function`, `keras.Model.export`.
 
-    python -m benchmarks.export [--networks resnet_v2_50,resnet_v2_152,vgg_16] [--depths 50,101,152,200] [--out FILE]
+    python -m benchmarks.export [--networks resnet_v2_50,resnet_v2_152,vgg_16] [--depths 50,101,152,200] [--rounds 3]
+                                [--out FILE]
 
-Every sample is a fresh process that loads TensorFlow and builds the network with the same random weights first; that
-part is not counted in `seconds`, but its memory is in `peak_mb`, the largest resident size of the process.
+The methods take turns, `--rounds` times. Every sample is a fresh process that loads TensorFlow and builds the network
+with the same random weights first; that part is not counted in `seconds`, but its memory is in `peak_mb`, the largest
+resident size of the process. A ratio is the median over the rounds of ours to tf2onnx in the same round.
 """
 
 from __future__ import annotations
@@ -82,6 +84,17 @@ def sample(method: str, network: str) -> dict[str, Any]:
     return {"network": network, "method": method, **found}
 
 
+def ratio(network: str, method: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Ours to tf2onnx; null where tf2onnx did not end."""
+    found: dict[str, Any] = {"network": network, "method": method, "seconds": None, "peak_mb": None}
+    whole = [rows for rows in rounds if "failed" not in rows["tf2onnx"]]
+    if whole:
+        for key in ("seconds", "peak_mb"):
+            found[key] = round(statistics.median(rows[method][key] / rows["tf2onnx"][key] for rows in whole), 3)
+        print(f"{network:15s} {method} / tf2onnx: time {found['seconds']:.3f}, peak memory {found['peak_mb']:.3f}")
+    return found
+
+
 def help_seconds() -> float:
     times = []
     for _ in range(7):
@@ -104,6 +117,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("METHOD", "NETWORK"))
     parser.add_argument("--networks", default="resnet_v2_50,resnet_v2_152,vgg_16")
     parser.add_argument("--depths", default="50,101,152,200")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export.json"))
     arguments = parser.parse_args()
     if arguments.worker:
@@ -115,15 +129,13 @@ def main() -> None:
 
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": tool_versions(),
-        "command": " ".join(["python -m benchmarks.export", *sys.argv[1:]]), "samples": [], "linear": [],
+        "command": " ".join(["python -m benchmarks.export", *sys.argv[1:]]), "samples": [], "ratios": [], "linear": [],
         "help_seconds": help_seconds()}
     print(f"--help: {result['help_seconds']:.2f} s (median of 7)")
     for network in filter(None, arguments.networks.split(",")):
-        rows = {method: sample(method, network) for method in METHODS}
-        result["samples"] += rows.values()
-        for method in () if "failed" in rows["tf2onnx"] else METHODS[:2]:
-            time_ratio, memory_ratio = (rows[method][key] / rows["tf2onnx"][key] for key in ("seconds", "peak_mb"))
-            print(f"{network:15s} {method} / tf2onnx: time {time_ratio:.3f}, peak memory {memory_ratio:.3f}")
+        rounds = [{method: sample(method, network) for method in METHODS} for _ in range(arguments.rounds)]
+        result["samples"] += [row for rows in rounds for row in rows.values()]
+        result["ratios"] += [ratio(network, method, rounds) for method in METHODS[:2]]
         save(arguments.out, result)
     for depth in filter(None, arguments.depths.split(",")):
         row = sample("ours", f"resnet_v2_{depth}")

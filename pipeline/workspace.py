@@ -45,7 +45,11 @@ def opened(folder: Path) -> Iterator[Workspace]:
         try:
             workspace = Workspace(folder)
             workspace.recover()
-            yield workspace
+            try:
+                yield workspace
+            except Exception:
+                workspace.discard()
+                raise
         finally:
             lock.release()
 

@@ -229,7 +229,8 @@ def write(folder: Path, text: str) -> None:
         held.commit({"text": text}, ("a", "b"))
 
 
-def test_kill_at_any_step_leaves_the_earlier_or_the_later_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_at_any_step_leaves_the_earlier_or_the_later_state(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     for fatal in range(100):
         folder = tmp_path / str(fatal)
@@ -284,7 +285,7 @@ def test_a_killed_process_leaves_the_earlier_artifact(tmp_path: Path) -> None:
 
 
 def test_errors_have_their_exit_codes() -> None:
-    assert (UsageError("a", "b").exit_code, WorkspaceError("a", "b").exit_code, CheckFailed("a", "b").exit_code) == (1, 1, 3)
+    assert [error("a", "b").exit_code for error in (UsageError, WorkspaceError, CheckFailed)] == [1, 1, 3]
     assert str(UsageError("subject", "found", "this", "do that")) == "subject: found; expected this; do that"
 
 
