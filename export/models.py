@@ -37,7 +37,7 @@ def load(model: str, unsafe: bool, seed: int, outputs: Sequence[str], size: tupl
     image input that leaves them open. Raises ModelError, and UsageError for an output or a size it cannot have.
     """
     loaded = _load(model, unsafe, seed)
-    return _named(loaded, artifact_name(model), outputs, size)
+    return named(loaded, artifact_name(model), outputs, size)
 
 
 def _load(model: str, unsafe: bool, seed: int) -> Any:
@@ -97,7 +97,7 @@ def _call(model: str, seed: int) -> Any:
     return built
 
 
-def _named(model: Any, name: str, outputs: Sequence[str], size: tuple[int, int] | None) -> keras.Model:
+def named(model: Any, name: str, outputs: Sequence[str], size: tuple[int, int] | None) -> keras.Model:
     import keras
 
     if not model.built or not getattr(model, "inputs", None):
@@ -112,7 +112,7 @@ def _named(model: Any, name: str, outputs: Sequence[str], size: tuple[int, int] 
         raise UsageError(f"output {unknown[0]!r}", f"{name} has no such output or layer",
                          f"one of {listed([*found, *inner])}")
     found.update({o: inner[o] for o in outputs if o not in found})
-    tapped = keras.Model(model.inputs, found)
+    tapped = keras.Model(model.inputs, found, name="model")  # an automatic name counts up, and names the ONNX nodes
     return keras.Model(inputs if len(inputs) > 1 else inputs[0], tapped(inputs if len(inputs) > 1 else inputs[0]),
                        name=name)
 
