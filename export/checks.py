@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from export.convert import BATCH
 from export.errors import CheckFailed, ModelError, listed
 from export.preprocess import apply
 
@@ -112,6 +113,9 @@ def infer_shapes(model: ir.Model) -> dict[str, Shape]:
     for node in model.graph:
         for value in node.outputs:
             value.shape = shapes.get(str(value.name))
+    for value in model.graph.outputs:  # a Resize loses the name of the batch
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape([BATCH, *value.shape[1:]])
     return {str(v.name): _static(v) for v in model.graph.outputs if v.shape is not None}
 
 

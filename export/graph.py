@@ -19,6 +19,7 @@ from export.passes.dense import unflatten_dense
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.interface import set_interface
 from export.passes.layout import reshape_unit_transposes, sink_transposes
+from export.passes.recover import drop_unit_height, resize_repeats
 
 
 def clean(model: ir.Model) -> None:
@@ -29,8 +30,10 @@ def clean(model: ir.Model) -> None:
     drop_identities(model)
     common.RemoveUnusedNodesPass()(model)
     unflatten_dense(model)
+    resize_repeats(model)
     sink_transposes(model)
     reshape_unit_transposes(model)
+    drop_unit_height(model)
     fold_constants(model)
     fold_affine(model)
     merge_pads(model)

@@ -5,7 +5,7 @@ here. The common ops go through NumPy, the rest through ONNX's reference evaluat
 MAX_GROWTH bytes above their inputs stay computed (an Expand of a scalar does not belong in the file).
 
 Reshape targets that are computed from the batch size at run time become constants where the shape is known:
-0 keeps the batch dimension, -1 stands for one other unknown.
+0 keeps the batch dimension, and its name, and -1 stands for one other unknown.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ def _reference(node: ir.Node, arrays: list[Any], model: ir.Model) -> list[np.nda
 
 def fix_reshape_targets(model: ir.Model) -> None:
     for node in model.graph:
-        if node.op_type != "Reshape" or constant(node.inputs[1]) is not None:
+        if node.op_type != "Reshape":
             continue
         target = reshape_target(dims(node.inputs[0]), dims(node.outputs[0]))
-        if target is not None:
+        known = constant(node.inputs[1])
+        if target is not None and (known is None or not np.array_equal(target, known)):
             node.replace_input_with(1, make_constant(model.graph, target, f"{node.name}/shape"))
 
 

@@ -78,8 +78,10 @@ class _Sink:
 
     def _materialize(self, value: ir.Value, before: ir.Node) -> None:
         source, perm = self.sources[value]
-        if source in self.inputs and perm == inverse(to_channels_first(len(perm))):
-            return
+        if source in self.inputs:  # a Transpose of a Transpose is one of the input
+            source, perm = self.inputs[source], tuple(to_channels_first(len(perm))[p] for p in perm)
+            if _is_identity(perm):
+                return
         out = make_node(before, "Transpose", [source], {"perm": perm}, value.shape, value.dtype)
         out.name = value.name
         value.replace_all_uses_with(out, replace_graph_outputs=True)
@@ -248,6 +250,33 @@ def _squeeze(sink: _Sink, node: ir.Node) -> bool:
     return sink.put(node, [source, new_axes], tuple(sorted(kept).index(i) for i in kept))
 
 
+def _unsqueeze(sink: _Sink, node: ir.Node) -> bool:
+    """New dimensions between batch and channels stand there in both layouts."""
+    source, perm = sink.sources[node.inputs[0]]  # type: ignore[index]
+    axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if axes is None or perm != inverse(to_channels_first(len(perm))):
+        return False
+    rank = len(perm) + len(axes)
+    last, new = inverse(to_channels_first(rank)), [int(a) % rank for a in axes]
+    if not all(0 < a < rank - 1 for a in new):
+        return False
+    new_axes = make_constant(sink.graph, np.array(sorted(last[a] for a in new), np.int64), f"{node.name}/axes")
+    return sink.put(node, [source, new_axes], last)
+
+
+def _resize(sink: _Sink, node: ir.Node) -> bool:
+    source, perm = sink.sources[node.inputs[0]]  # type: ignore[index]
+    operands = list(node.inputs[1:])
+    for i, value in enumerate(operands):
+        array = constant(value)
+        if value is None or (array is not None and not array.size):
+            continue
+        if array is None or len(array) != len(perm) or "axes" in node.attributes:
+            return False
+        operands[i] = make_constant(sink.graph, array[list(inverse(perm))], f"{node.name}/{i}")
+    return sink.put(node, [source, *operands], perm)
+
+
 def _reshape(sink: _Sink, node: ir.Node) -> bool:
     source, perm = sink.sources[node.inputs[0]]  # type: ignore[index]
     sizes, target, shape = dims(source), constant(node.inputs[1]), dims(node.outputs[0])
@@ -303,7 +332,7 @@ def _matmul(sink: _Sink, node: ir.Node) -> bool:
 
 RULES: dict[str, Callable[[_Sink, ir.Node], bool]] = {
     "Transpose": _transpose, "Concat": _concat, "Pad": _pad, "Slice": _slice, "Squeeze": _squeeze,
-    "Reshape": _reshape, "MatMul": _matmul,
+    "Unsqueeze": _unsqueeze, "Resize": _resize, "Reshape": _reshape, "MatMul": _matmul,
     **{op: _on_axis(-1) for op in ("Softmax", "LogSoftmax", "Hardmax")},
     **{op: _on_axis(0) for op in ("Split", "ArgMax", "ArgMin")},
     **{f"Reduce{kind}": _reduce for kind in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare",

@@ -1,4 +1,4 @@
-"""Models of users, from Keras to the cleaned graph and through ONNX Runtime: same shapes, same numbers, no leftovers."""
+"""Models of users, from Keras to the cleaned graph and ONNX Runtime: same shapes, same numbers, no leftovers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def test_users_model(name: str, tmp_path: Path) -> None:
     found = convert_small(small.build(), tmp_path / "m.onnx")
     checks.check_shapes(found.table, ())
     assert max(c.relative_l2 for c in found.comparisons) < 1e-5
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert {v.type.tensor_type.shape.dim[0].dim_param for v in (*graph.input, *graph.output)} == {"batch"}
     assert found.operations.pop("Transpose", 0) == small.transposes
     if name != "same_tensor_twice":
         assert not found.operations["Identity"]

@@ -19,6 +19,7 @@ from export.passes.constants import fold_constants, reshape_target
 from export.passes.dense import unflatten_dense
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.layout import reshape_unit_transposes, sink_transposes
+from export.passes.recover import drop_unit_height, resize_repeats
 
 RNG = np.random.default_rng(0)
 
@@ -172,6 +173,45 @@ def test_reshape_target_refuses_what_one_constant_cannot_say() -> None:
     assert reshape_target((None, 4), None) is None
 
 
+# --- operations put together again -----------------------------------------------------------------------------
+
+REPEAT = {"a": np.array([2], np.int64), "two": np.array([1, 1, 2, 1], np.int64), "out": np.array([-1, 8, 3], np.int64),
+          "wrong": np.array([-1, 4, 6], np.int64), "first": np.array([1], np.int64),
+          "along": np.array([1, 2, 1, 1], np.int64)}
+
+
+def test_repeat_is_a_resize() -> None:
+    body = "u = Unsqueeze (x, {}) t = Tile (u, {}) r = Reshape (t, {}) y = Identity (r)"
+    repeated = parsed(body.format("a", "two", "out"), "N,4,3", REPEAT)
+    assert after(repeated, weights(2, 4, 3), resize_repeats) == {"Resize": 1}
+    for axes, times, target in (("a", "two", "wrong"), ("first", "along", "out")):  # another merge; a block repeated
+        tiled = parsed(body.format(axes, times, target), "N,4,3", REPEAT)
+        assert after(tiled, weights(2, 4, 3), resize_repeats)["Tile"] == 1
+
+
+def test_repeats_of_both_sides_are_one_resize() -> None:
+    scales = {"s": np.array([1, 1, 2, 1], np.float32), "t": np.array([1, 1, 1, 3], np.float32),
+              "half": np.array([1, 1, 1.5, 1], np.float32)}
+    body = " ".join(f'{out} = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", '
+                    f'nearest_mode = "floor"> ({fed}, , {{}})' for fed, out in (("x", "a"), ("a", "b")))
+    body += " y = Identity (b)"
+    whole = parsed(body.format("s", "t"), "N,2,4,3", scales)
+    assert after(whole, weights(2, 2, 4, 3), resize_repeats) == {"Resize": 1}
+    part = parsed(body.format("half", "t"), "N,2,4,3", scales)
+    assert after(part, weights(2, 2, 4, 3), resize_repeats) == {"Resize": 2}
+
+
+def test_window_of_height_one_is_one_dimensional() -> None:
+    constants = {"a": np.array([2], np.int64), "w": weights(5, 3, 1, 3), "tall": weights(5, 3, 3, 3)}
+    body = "u = Unsqueeze (x, a) c = {} s = Squeeze (c, a) y = Identity (s)"
+    flat = parsed(body.format("Conv <pads = [0,1,0,2], strides = [1,2]> (u, w)"), "N,3,9", constants)
+    assert after(flat, weights(2, 3, 9), drop_unit_height) == {"Conv": 1}
+    pool = parsed(body.format("MaxPool <kernel_shape = [1,2], pads = [0,1,0,0]> (u)"), "N,3,9", constants)
+    assert after(pool, weights(2, 3, 9), drop_unit_height) == {"MaxPool": 1}
+    tall = parsed(body.format("Conv <pads = [1,1,1,1]> (u, tall)"), "N,3,9", constants)
+    assert after(tall, weights(2, 3, 9), drop_unit_height)["Squeeze"] == 1
+
+
 # --- layout ----------------------------------------------------------------------------------------------------
 
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -236,9 +276,9 @@ def _channels_last(steps: list[str]) -> ir.Model:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=7))
-def test_layout_change_keeps_the_numbers_and_leaves_two_transposes(steps: list[str]) -> None:
+def test_layout_change_keeps_the_numbers_and_leaves_a_transpose_at_each_end(steps: list[str]) -> None:
     left = after(_channels_last(steps), weights(2, 5, 5, 4), sink_transposes, reshape_unit_transposes)
-    assert left.get("Transpose", 0) <= 2
+    assert left.get("Transpose", 0) <= 2 + steps.count("slice")  # a slice turns height and width
 
 
 def test_flatten_permutes_the_rows_of_the_dense_layers_that_read_it() -> None:
