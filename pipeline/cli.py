@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +31,7 @@ def stages() -> None:
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(
-        help="A network of the catalog, a .keras or .h5 file, a SavedModel folder, or package.module:function.")],
+        metavar="MODEL", help="A network of the catalog, a .keras or .h5 file, a SavedModel folder, or package.module:function.")],
     out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
     name: Annotated[str | None, typer.Option(help="Name of the artifact folder instead of the model's.")] = None,
     weights: Annotated[str | None, typer.Option(
@@ -58,7 +59,8 @@ def export(
     request = stage.ExportRequest(
         model, out, name, weights, classes, _size(size), _batch(batch), _names(outputs), _options(option or []), opset,
         seed, preprocess, layout, unsafe, force)
-    result = stage.export(request, _progress(as_json))
+    with _progress(as_json) as progress:
+        result = stage.export(request, progress)
     if as_json:
         print(json.dumps(result.manifest))
     else:
@@ -95,11 +97,21 @@ def _options(pairs: list[str]) -> dict[str, str]:
 
 # --- printing --------------------------------------------------------------------------------------------------
 
-def _progress(silent: bool) -> Callable[[str], None]:
-    """One line a step on stderr when it starts; nothing with --json."""
+@contextmanager
+def _progress(silent: bool) -> Iterator[Callable[[str], None]]:
+    """What each step is told to when it starts: a spinner on a terminal, else one line on stderr; none with --json."""
     if silent:
-        return lambda step: None
-    return lambda step: print(f"{step} ...", file=sys.stderr, flush=True)
+        yield lambda step: None
+    elif not sys.stderr.isatty():
+        yield lambda step: print(f"{step} ...", file=sys.stderr, flush=True)
+    else:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+            task = shown.add_task("start")
+            yield lambda step: shown.update(task, description=step)
 
 
 def _print_export(result: ExportResult) -> None:
@@ -109,7 +121,7 @@ def _print_export(result: ExportResult) -> None:
 
     from export.checks import text
 
-    console, manifest = Console(), result.manifest
+    console, manifest = Console(width=None if sys.stdout.isatty() else 120), result.manifest
     shapes = Table("end point", "declared", "Keras", "ONNX", box=SIMPLE_HEAD,
                    title=f"Shapes of the end points of {manifest['network']} (N: batch)")
     for row in result.end_points:
@@ -136,7 +148,7 @@ def _print_export(result: ExportResult) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
     try:
-        app(arguments, standalone_mode=True)
+        app(arguments, prog_name="enginesmith", standalone_mode=True)
     except EnginesmithError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
