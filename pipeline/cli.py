@@ -31,7 +31,8 @@ def stages() -> None:
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(
-        metavar="MODEL", help="A network of the catalog, a .keras or .h5 file, a SavedModel folder, or package.module:function.")],
+        metavar="MODEL",
+        help="A network of the catalog, a .keras or .h5 file, a SavedModel folder, or package.module:function.")],
     out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
     name: Annotated[str | None, typer.Option(help="Name of the artifact folder instead of the model's.")] = None,
     weights: Annotated[str | None, typer.Option(

@@ -5,11 +5,13 @@ Each network is built and converted once, with every end point as an output; the
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import keras
 import numpy as np
 import onnxruntime
 import pytest
@@ -17,7 +19,8 @@ import pytest
 from export import catalog, checks, convert, graph, networks, weights
 from export.catalog import NetworkConfig
 from export.checks import Comparison, EndPoint
-from tests.golden.reference import CASES, Case, summary
+from export.cost import Cost, cost
+from tests.golden.reference import CASES, summary
 
 TOLERANCE = 1e-4
 # 13, 16c and 19 differ from the VGGs of CASES in their convolutions only
@@ -73,18 +76,16 @@ class Run:
     comparisons: list[Comparison]
     operations: Counter[str]
     variables: dict[str, tuple[int, ...]]
+    cost: Cost
 
 
-@pytest.fixture(scope="module", params=OPERATIONS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Run]]:
-    name = request.param
-    folder = tmp_path_factory.mktemp(name)
-    yield name, convert_all(name, folder)
-    import keras
-
+@cache
+def run_of(name: str) -> Run:
+    """The one run of a network; what it holds is small, the model and its files are gone when it ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = convert_all(name, Path(folder))
     keras.backend.clear_session()
-    for path in folder.iterdir():
-        path.unlink()
+    return run
 
 
 def convert_all(name: str, folder: Path) -> Run:
@@ -113,47 +114,44 @@ def convert_all(name: str, folder: Path) -> Run:
     found = dict(zip(ends, session.run(ends, {"images": images}), strict=True))
     comparisons = checks.compare(str(alone), [({"images": images}, {ends[0]: truth[ends[0]]})])
     variables = {variable: tuple(v.shape) for variable, v in weights.slim_variables(model).items()}
-    return Run(config, table, truth, found, comparisons, Counter(n.op_type for n in plain.graph), variables)
-
-
-def golden(name: str) -> Case:
-    if name not in CASES:
-        pytest.skip("no published weights-by-name reference of this variant; numbers are checked against Keras")
-    return CASES[name]
+    return Run(config, table, truth, found, comparisons, Counter(n.op_type for n in plain.graph), variables,
+               cost(plain))
 
 
 def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64)))
 
 
-def test_shapes_agree_three_ways(run: tuple[str, Run]) -> None:
-    _, found = run
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_shapes_agree_three_ways(name: str) -> None:
+    found = run_of(name)
     assert len(found.table) >= 5
     assert all(row.declared == row.keras == row.onnx for row in found.table)
 
 
-def test_operations(run: tuple[str, Run]) -> None:
-    name, found = run
-    assert dict(found.operations) == OPERATIONS[name]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name: str) -> None:
+    assert dict(run_of(name).operations) == OPERATIONS[name]
 
 
-def test_onnx_equals_keras(run: tuple[str, Run]) -> None:
-    _, found = run
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_onnx_equals_keras(name: str) -> None:
+    found = run_of(name)
     assert {row.optimizations for row in found.comparisons} == {"on", "off"}
     assert all(row.relative_l2 < 1e-5 and row.top1_agreement == 1 for row in found.comparisons)
     assert np.std(found.keras[found.config.default_output]) > 1e-3  # the comparison has something to compare
 
 
-def test_logits_equal_the_original(run: tuple[str, Run]) -> None:
-    name, found = run
-    expected = golden(name).arrays["logits"]
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_original(name: str) -> None:
+    found, expected = run_of(name), CASES[name].arrays["logits"]
     for source in (found.keras, found.onnx):
         assert relative_l2(source["logits"].reshape(expected.shape), expected) < TOLERANCE
 
 
-def test_end_points_equal_the_original(run: tuple[str, Run]) -> None:
-    name, found = run
-    case = golden(name)
+@pytest.mark.parametrize("name", CASES)
+def test_end_points_equal_the_original(name: str) -> None:
+    found, case = run_of(name), CASES[name]
     assert case.stats
     for end, stats in case.stats.items():
         for source in (found.keras, found.onnx):
@@ -162,16 +160,26 @@ def test_end_points_equal_the_original(run: tuple[str, Run]) -> None:
         assert found.keras[end].size == np.prod(case.arrays[f"shape/{end}"])
 
 
-def test_variables_are_the_originals(run: tuple[str, Run]) -> None:
-    name, found = run
-    assert found.variables == golden(name).shapes
+@pytest.mark.parametrize("name", CASES)
+def test_variables_are_the_originals(name: str) -> None:
+    assert run_of(name).variables == CASES[name].shapes
 
 
-def test_random_weights_keep_activations_in_range(run: tuple[str, Run]) -> None:
-    name, found = run
-    if name in CASES:
-        pytest.skip("these weights are the reference's, not random ones")
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_weights_keep_activations_in_range(name: str) -> None:
+    found = run_of(name)
     assert 0.01 < np.std(found.keras[found.config.default_output]) < 100
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", [name for name, options in RANDOM.items() if not options])
+def test_readme_tells_parameters_and_gflops(name: str) -> None:
+    found = run_of(name).cost
+    (row,) = (line for line in README.splitlines() if line.startswith(f"| {name} "))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[4:6] == [f"{found.parameters / 1e6:.2f}", f"{found.gflops:.2f}"]
 
 
 # --- options and training-only parts -----------------------------------------------------------------------------
@@ -238,7 +246,6 @@ def test_training_parts_of_facenet_and_alexnet() -> None:
 
 
 def test_a_saved_network_loads_without_enginesmith_code_in_the_file(tmp_path: Path) -> None:
-    import keras
 
     model = networks.build(catalog.configure("alexnet", (57, 57), 7, {"include_top": "false"}))
     model.save(tmp_path / "alexnet.keras")
