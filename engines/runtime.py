@@ -23,8 +23,8 @@ from engines.errors import BuildError, FeedError, RuntimeUnavailable
 Feeds = Mapping[str, np.ndarray]
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 RUNTIMES: Mapping[str, str] = MappingProxyType({
-    "onnxruntime": "engines.ort", "openvino": "engines.openvino", "tensorrt": "engines.trt_build",
-    "tensorrt-rtx": "engines.trt_build",
+    "onnxruntime": "engines.ort", "openvino": "engines.openvino", "tensorrt": "engines.trt",
+    "tensorrt-rtx": "engines.trt",
 })
 
 
