@@ -29,9 +29,12 @@ PRECISION = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "
 def identity(request: BuildRequest) -> Identity:
     if request.device != "cpu":
         raise RuntimeUnavailable(f"openvino on {request.device}", "runs on the CPU here", "--device cpu")
-    if request.precision not in HINTS:
-        raise BuildError(f"openvino in {request.precision}", "not a precision of a CPU", ", ".join(HINTS))
     return Identity(request.runtime, openvino.__version__.split("-")[0], cpu_name())
+
+
+def variant(precision: str, device: str) -> str | None:
+    """OpenVINO rounds weights to fp16 and bf16 itself."""
+    return None if precision not in HINTS else "int8" if precision == "int8" else ""
 
 
 def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) -> Built:
@@ -79,7 +82,8 @@ class OpenVinoRuntime:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled, self._request = compiled, compiled.create_infer_request()
-        self.inputs, self.outputs = (tuple(_spec(port) for port in ports) for ports in (compiled.inputs, compiled.outputs))
+        self.inputs = tuple(_spec(port) for port in compiled.inputs)
+        self.outputs = tuple(_spec(port) for port in compiled.outputs)
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         found = self._request.infer(check_feeds(self.inputs, feeds))

@@ -25,7 +25,11 @@ except ImportError as error:
     raise missing("onnxruntime", "cpu") from error
 
 SUFFIX = ".onnx"
-COMPUTE = frozenset(("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU", "RNN"))
+# which form of the model a precision takes; ONNX Runtime's CPU has no bf16 convolution, and no TF32
+VARIANTS: Mapping[str, str] = MappingProxyType({"fp32": "", "fp16": "fp16", "int8": "int8"})
+GPU_VARIANTS: Mapping[str, str] = MappingProxyType({**VARIANTS, "tf32": "", "bf16": "bf16"})
+COMPUTE = frozenset(("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU",
+                     "RNN"))
 INTEGER = frozenset(("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
                      "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"))
 PRECISION = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16",
@@ -44,6 +48,10 @@ def identity(request: BuildRequest) -> Identity:
     from engines.machine import gpu
     _providers(request)
     return Identity(request.runtime, onnxruntime.__version__, *gpu(request.device))
+
+
+def variant(precision: str, device: str) -> str | None:
+    return (VARIANTS if device == "cpu" else GPU_VARIANTS).get(precision)
 
 
 def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) -> Built:
@@ -83,7 +91,8 @@ def _session(request: BuildRequest, path: Path, options: Any) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises a C++ exception type for each status code
-        raise BuildError(f"ONNX Runtime, {path.name}", str(error).split("\n")[0][:300], "a model it can load") from error
+        reason = str(error).split("\n")[0][:300]
+        raise BuildError(f"ONNX Runtime, {path.name}", reason, "a model it can load") from error
     session.disable_fallback()
     first = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != first:

@@ -1,8 +1,10 @@
 """One protocol for every runtime: what goes in, what comes out, and two ways to run.
 
-A backend is a module with three functions; RUNTIMES names them, and nothing is imported before it is asked for:
+A backend is a module with a SUFFIX for its files and four functions. RUNTIMES names them all, and nothing is imported
+before it is asked for:
 
     identity(request) -> Identity                          which runtime on which device; raises RuntimeUnavailable
+    variant(precision, device) -> str | None               the form of the model it takes; "": float32, None: none
     build(request, target, progress) -> Built              writes the engine file
     load(request, path) -> Runtime                         a context manager that frees what it took
 """
@@ -39,7 +41,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Profile:
-    """Batch sizes that an engine takes (min to max) and is tuned for (opt). Raises BuildError unless 1 <= min <= opt <= max."""
+    """Batch sizes that an engine takes (min to max) and is tuned for (opt). Raises BuildError if out of order."""
 
     min: int = 1
     opt: int = 1
@@ -131,9 +133,13 @@ class Runtime(Protocol):
 
 
 class Backend(Protocol):
-    """The three functions of a backend module."""
+    """What a backend module holds."""
+
+    SUFFIX: str
 
     def identity(self, request: BuildRequest) -> Identity: ...
+
+    def variant(self, precision: str, device: str) -> str | None: ...
 
     def build(self, request: BuildRequest, target: Path, progress: Callable[[str], None]) -> Built: ...
 
@@ -152,7 +158,8 @@ def missing(package: str, extra: str) -> RuntimeUnavailable:
     return RuntimeUnavailable(f"package {package}", "not installed", "", f"pip install 'enginesmith[{extra}]'")
 
 
-def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Feeds, profiles: tuple[Profile, ...] = ()) -> dict[str, np.ndarray]:
+def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Feeds, profiles: tuple[Profile, ...] = ()
+                ) -> dict[str, np.ndarray]:
     """Contiguous arrays for exactly `inputs`. Raises FeedError that names the first input that is wrong.
 
     Sizes that are open must agree with `profiles` in the first dimension, if there are any.
@@ -166,7 +173,8 @@ def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Feeds, profiles: tuple[Pr
         subject, wanted = f"feed {spec.name}", "x".join("N" if n is None else str(n) for n in spec.shape)
         if array.dtype != spec.dtype:
             raise FeedError(subject, f"type {array.dtype}", str(spec.dtype), f"convert it by .astype('{spec.dtype}')")
-        if array.ndim != len(spec.shape) or any(n not in (None, m) for n, m in zip(spec.shape, array.shape, strict=True)):
+        if array.ndim != len(spec.shape) or any(n not in (None, m) for n, m in zip(spec.shape, array.shape,
+                                                                                  strict=True)):
             raise FeedError(subject, f"shape {'x'.join(map(str, array.shape)) or 'of a scalar'}", wanted)
         if not array.size:
             raise FeedError(subject, "no elements", wanted)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 
 from engines.errors import EngineError, RuntimeUnavailable, StaleEngine
 from engines.machine import gpu
-from engines.runtime import BuildRequest, Feeds, Identity, Profile, TensorSpec, check_feeds
+from engines.runtime import BuildRequest, Feeds, Identity, Profile, TensorSpec, check_feeds, missing
 from engines.trt_build import build, module
 
-__all__ = ["SUFFIX", "build", "identity", "load"]
+__all__ = ["SUFFIX", "build", "identity", "load", "variant"]
 SUFFIX = ".plan"
 AHEAD = "built ahead of time"
+VARIANTS: Mapping[str, str] = MappingProxyType(
+    {"fp32": "", "tf32": "", "fp16": "fp16", "bf16": "bf16", "int8": "int8-symmetric"})
 
 
 def identity(request: BuildRequest) -> Identity:
@@ -30,6 +33,10 @@ def identity(request: BuildRequest) -> Identity:
                                      "use tensorrt-rtx to build ahead of time")
         return Identity(request.runtime, trt.__version__, AHEAD, ",".join(request.options.compute_capabilities))
     return Identity(request.runtime, trt.__version__, *gpu(request.device))
+
+
+def variant(precision: str, device: str) -> str | None:
+    return VARIANTS.get(precision)
 
 
 def load(request: BuildRequest, path: Path) -> TrtRuntime:
@@ -43,7 +50,7 @@ def _cuda() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise RuntimeUnavailable("package cuda-python", "not installed", "", "pip install 'enginesmith[gpu]'") from error
+        raise missing("cuda-python", "gpu") from error
     return runtime
 
 
@@ -137,7 +144,8 @@ class TrtPrepared:
         for name, array in arrays.items():
             context.set_input_shape(name, array.shape)
         self.inputs = {name: self._bound(name, array.shape, array.dtype) for name, array in arrays.items()}
-        self.outputs = {s.name: self._bound(s.name, tuple(context.get_tensor_shape(s.name)), s.dtype) for s in outputs}
+        self.outputs = {spec.name: self._bound(spec.name, tuple(context.get_tensor_shape(spec.name)), spec.dtype)
+                        for spec in outputs}
         for name, array in arrays.items():
             self.inputs[name][...] = array
         self._events = [_checked(cuda.cudaEventCreate()) for _ in range(4)]
@@ -153,7 +161,8 @@ class TrtPrepared:
         self._host.append(pinned)
         self._device.append((device, size))
         self._context.set_tensor_address(name, int(device))
-        return np.frombuffer((ctypes.c_byte * size).from_address(int(pinned)), dtype, int(np.prod(shape))).reshape(shape)
+        memory = (ctypes.c_byte * size).from_address(int(pinned))
+        return np.frombuffer(memoryview(memory), dtype, int(np.prod(shape))).reshape(shape)
 
     def _captured(self) -> Any:
         cuda = self._cuda

@@ -62,7 +62,7 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
 
 def _log(trt: Any) -> Any:
     """Keeps what the builder says, to tell the reason of a failure."""
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
@@ -86,7 +86,8 @@ def _parsed(trt: Any, builder: Any, log: Any, request: BuildRequest) -> tuple[An
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(request.model)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        where = next((f"node {e.node_name() or e.node()} ({e.node_operator()}): {e.desc()}" for e in errors), log.reason())
+        where = next((f"node {e.node_name() or e.node()} ({e.node_operator()}): {e.desc()}" for e in errors),
+                     log.reason())
         raise BuildError(f"{request.runtime}, {request.model.name}", where[:400], "a model its parser knows")
     return network, parser
 
@@ -164,7 +165,7 @@ def _serialized(trt: Any, builder: Any, network: Any, config: Any, progress: Cal
 
 
 def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         stopped = False
 
         def __init__(self) -> None:
@@ -194,8 +195,8 @@ def compute_precisions(trt: Any, network: Any, tf32: bool) -> dict[str, int]:
             producers[layer.get_output(j).name] = layer
         if layer.type in kinds:
             fed = [layer.get_input(j) for j in range(min(2, layer.num_inputs))]
-            dequantized = len(fed) == 2 and all(
-                t is not None and t.name in producers and producers[t.name].type == trt.LayerType.DEQUANTIZE for t in fed)
+            sources = [producers.get(t.name) for t in fed if t is not None]
+            dequantized = len(sources) == 2 and all(s and s.type == trt.LayerType.DEQUANTIZE for s in sources)
             dtype = layer.get_output(0).dtype
             counted["int8" if dequantized else names.get(dtype, str(dtype))] += 1
     return dict(counted)

@@ -153,13 +153,14 @@ def check_file(path: str) -> None:
 
 def seeded_inputs(model: ir.Model, batch: int, seed: int) -> dict[str, np.ndarray]:
     """Inputs by name, the same on every machine: patchy images in [-1, 1) or 0..255, zeros and ones for integers."""
-    return {str(v.name): _seeded(v, (batch, *(n if isinstance(n, int) else 1 for n in (v.shape or ())[1:])), seed)
+    return {str(v.name): seeded((batch, *(n if isinstance(n, int) else 1 for n in (v.shape or ())[1:])),
+                                v.dtype.numpy() if v.dtype is not None else np.dtype(np.float32), seed)
             for v in model.graph.inputs}
 
 
-def _seeded(value: ir.Value, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def seeded(shape: tuple[int, ...], dtype: np.dtype, seed: int) -> np.ndarray:
+    """One such input; blocks of up to 8 along every dimension but the first, with a quarter of noise."""
     rng = np.random.Generator(np.random.PCG64([seed, *shape]))
-    dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
     coarse = rng.random([min(n, 8) if i else n for i, n in enumerate(shape)])
     for axis, n in enumerate(shape):
         coarse = np.take(coarse, np.arange(n) * coarse.shape[axis] // n, axis)

@@ -220,7 +220,7 @@ def _export(request: ExportRequest, source: Source, folder: Workspace, progress:
         reference = _reference(cases)
 
     clock.start("commit")
-    folder.stage(REFERENCE, lambda path: _save_arrays(path, reference))
+    folder.stage(REFERENCE, lambda path: save_arrays(path, reference))
     manifest = {
         "format": 1, "name": source.name, "recipe": source.recipe,
         **{key.removeprefix("enginesmith."): value for key, value in described.items()},
@@ -325,7 +325,7 @@ def _reference(cases: list[Case]) -> dict[str, np.ndarray]:
             for name, array in arrays.items()}
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import numpy as np
 
     with path.open("wb") as file:

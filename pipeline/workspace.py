@@ -73,6 +73,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._whole: dict[str, Any] | None = None  # the manifest, once its files were seen to be whole
 
     def recover(self) -> None:
         """Ends a commit that was interrupted, or drops what an interrupted writer had staged."""
@@ -83,17 +84,19 @@ class Workspace:
                     (self.folder / (name + NEW)).replace(self.folder / name)
             commit.replace(self.folder / MANIFEST)
             _flush_folder(self.folder)
-        for stale in self.folder.glob(f"*{NEW}"):
-            stale.unlink()
+        self.discard()
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if it is there and every file it names is there with the same bytes."""
+        if self._whole is not None:
+            return self._whole
         try:
             manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_bytes())
             whole = all(sha256(self.folder / name) == digest for name, digest in manifest["files"].items())
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return manifest if whole else None
+        self._whole = manifest if whole else None
+        return self._whole
 
     def stage(self, name: str, write: Callable[[Path], object]) -> Path:
         """Has `write` make the file that commit() will call `name`; the path of the staged file."""
@@ -104,13 +107,17 @@ class Workspace:
         return path
 
     def commit(self, manifest: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-        """Puts the staged files `names` and `manifest`, completed by their hashes, in place of the earlier ones."""
-        complete = {**manifest, "files": {name: sha256(self.folder / (name + NEW)) for name in names}}
+        """Puts the staged files `names` and `manifest`, completed by their hashes, in place of the earlier ones.
+
+        Files that `manifest` lists already stay as they are.
+        """
+        staged = {name: sha256(self.folder / (name + NEW)) for name in names}
+        complete = {**manifest, "files": {**manifest.get("files", {}), **staged}}
         text = json.dumps(complete, indent=2) + "\n"
-        staged = self.stage(MANIFEST, lambda path: path.write_text(text, "utf-8"))
-        staged.replace(self.folder / COMMIT)
+        self.stage(MANIFEST, lambda path: path.write_text(text, "utf-8")).replace(self.folder / COMMIT)
         _flush_folder(self.folder)
         self.recover()
+        self._whole = complete
         return complete
 
     def reject(self, name: str) -> Path:
@@ -118,8 +125,8 @@ class Workspace:
         return (self.folder / (name + NEW)).replace(self.folder / f"{name}.rejected")
 
     def discard(self) -> None:
-        """Drops what is staged."""
-        for staged in self.folder.glob(f"*{NEW}"):
+        """Drops what is staged, here and one folder below."""
+        for staged in (*self.folder.glob(f"*{NEW}"), *self.folder.glob(f"*/*{NEW}")):
             staged.unlink()
 
 

@@ -1,0 +1,168 @@
+"""A float32 ONNX model -> its fp16, bf16 and int8 variants, by ONNX Runtime's own tools.
+
+fp16: onnxruntime.transformers.float16. bf16: the same graph with bfloat16 in the place of float16, its weights rounded
+from float32. int8: onnxruntime.quantization, QuantizeLinear/DequantizeLinear pairs with per-channel weights, in two
+forms: uint8 activations for ONNX Runtime and OpenVINO on a CPU, symmetric int8 for TensorRT and TensorRT-RTX.
+
+Inputs and outputs stay float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from export.errors import ModelError, UsageError
+from export.passes.values import attributes, constant, make_constant, make_node, replace
+
+METHODS = ("minmax", "entropy", "percentile")
+FORMS = ("int8", "int8-symmetric")
+VARIANTS = ("fp16", "bf16", *FORMS)
+
+
+def to_half(model: Path, target: Path, precision: str, keep: Iterable[str] = ()) -> None:
+    """Writes the fp16 or bf16 variant; the nodes named in `keep` stay in float32. Raises ModelError."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    original = onnx.load(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # one line for each weight below float16's range
+        half = convert_float_to_float16(onnx.shape_inference.infer_shapes(original), keep_io_types=True,
+                                        disable_shape_infer=True, node_block_list=list(keep))
+    if precision == "bf16":
+        _as_bfloat16(half, {w.name: w for w in original.graph.initializer})
+    del half.graph.value_info[:]
+    half.graph.CopyFrom(_sorted(half).graph)
+    _write(half, target)
+
+
+def _as_bfloat16(half: onnx.ModelProto, originals: Mapping[str, onnx.TensorProto]) -> None:
+    import ml_dtypes
+
+    kind = onnx.TensorProto
+    for i, tensor in enumerate(half.graph.initializer):
+        if tensor.data_type == kind.FLOAT16:
+            source = onnx.numpy_helper.to_array(originals.get(tensor.name, tensor)).astype(ml_dtypes.bfloat16)
+            rounded = kind(name=tensor.name, data_type=kind.BFLOAT16, dims=source.shape, raw_data=source.tobytes())
+            half.graph.initializer[i].CopyFrom(rounded)
+    for node in half.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == kind.FLOAT16:
+                attribute.i = kind.BFLOAT16
+
+
+def _sorted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The converter appends its Casts; runtimes want producers before readers."""
+    graph = ir.from_proto(model)
+    graph.graph.sort()
+    return ir.to_proto(graph)
+
+
+def _write(model: onnx.ModelProto, target: Path) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"model {target.name}", " ".join(str(error).split())[:300], "a valid ONNX model") from error
+    target.write_bytes(model.SerializeToString())
+
+
+# --- int8 ------------------------------------------------------------------------------------------------------
+
+def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarray], method: str = "minmax",
+            keep: Iterable[str] = (), chunk: int = 4) -> None:
+    """Writes the int8 variant, calibrated on `images` (input name -> (count, ...)), `chunk` of them at a time.
+
+    The nodes named in `keep` stay in float32. Raises UsageError for calibration data that is not finite.
+    """
+    from onnxruntime import quantization as q
+
+    methods = {"minmax": q.CalibrationMethod.MinMax, "entropy": q.CalibrationMethod.Entropy,
+               "percentile": q.CalibrationMethod.Percentile}
+    if method not in methods:
+        raise UsageError(f"calibration method {method!r}", "unknown", f"one of {', '.join(METHODS)}")
+    check_calibration(images)
+    symmetric = form == "int8-symmetric"
+    with TemporaryDirectory(dir=target.parent) as folder, _quiet():
+        prepared = Path(folder) / "float.onnx"
+        _write(_with_depthwise(model), prepared)
+        extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True, "CalibMaxIntermediateOutputs": chunk,
+                 "QuantizeBias": not symmetric}  # TensorRT takes a bias in float only
+        q.quantize_static(str(prepared), str(target), _Reader(images, chunk), quant_format=q.QuantFormat.QDQ,
+                          per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
+                          weight_type=q.QuantType.QInt8, calibrate_method=methods[method],
+                          nodes_to_exclude=list(keep), extra_options=extra)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's quantizer advises, by the root logger, a preparation that the exporter has done already."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def check_calibration(images: Mapping[str, np.ndarray]) -> None:
+    for name, array in images.items():
+        if not len(array):
+            raise UsageError(f"calibration data of {name}", "no images", "one or more")
+        finite = np.isfinite(array.reshape(len(array), -1)).all(1) if array.dtype.kind == "f" else np.ones(1, bool)
+        if not finite.all():
+            raise UsageError(f"calibration data of {name}", f"image {finite.argmin()} holds NaN or Inf",
+                             "finite numbers", "leave that image out")
+
+
+class _Reader:
+    """What quantize_static takes its feeds from: `chunk` images at a time."""
+
+    def __init__(self, images: Mapping[str, np.ndarray], chunk: int) -> None:
+        self._feeds = self._chunks(images, chunk)
+
+    @staticmethod
+    def _chunks(images: Mapping[str, np.ndarray], chunk: int) -> Iterator[dict[str, np.ndarray]]:
+        count = len(next(iter(images.values())))
+        for start in range(0, count, chunk):
+            yield {name: array[start:start + chunk] for name, array in images.items()}
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def _with_depthwise(path: Path) -> onnx.ModelProto:
+    """BatchNormalization(x) = x s + t as a depthwise 1x1 convolution, which quantizes as one operation."""
+    model = ir.from_proto(onnx.load(path))
+    for node in model.graph:
+        if node.op_type == "BatchNormalization":
+            _depthwise(model.graph, node)
+    RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
+
+
+def _depthwise(graph: ir.Graph, node: ir.Node) -> None:
+    arrays: list[Any] = [constant(v) for v in node.inputs[1:]]
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if any(a is None for a in arrays) or shape is None:
+        return
+    scale, bias, mean, variance = arrays
+    factor = scale / np.sqrt(variance + attributes(node)["epsilon"].as_float())
+    window = [1] * (len(shape) - 2)
+    kernel = make_constant(graph, factor.reshape(-1, 1, *window).astype(scale.dtype), f"{node.name}/kernel")
+    shift = make_constant(graph, (bias - mean * factor).astype(scale.dtype), f"{node.name}/shift")
+    old = node.outputs[0]
+    out = make_node(node, "Conv", [node.inputs[0], kernel, shift], {"group": len(factor), "kernel_shape": window},
+                    old.shape, old.dtype)
+    out.name = old.name
+    replace(node, out)

@@ -1,0 +1,183 @@
+"""Build stage: an artifact's ONNX model to the engines that this machine can run, or that it can build ahead of time.
+
+Read downward: for each runtime and precision, the model's form is made if it is missing, an engine with the same
+receipt is looked for, and if there is none one is built, read back, and put in place with its receipt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from engines import model_file, receipt
+from engines.errors import BuildError, EngineError, PrecisionError, RuntimeUnavailable
+from engines.receipt import Receipt
+from engines.runtime import PRECISIONS, BuildRequest, Built, Options, Profile, backend
+from export.errors import UsageError
+from pipeline import artifact, workspace
+from pipeline.export import MODEL
+from pipeline.workspace import Workspace
+
+ENGINES = "engines"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. `calibrate`: `random`, a folder of images, or an .npy file of the model's inputs."""
+
+    model: str
+    out: Path = Path("artifacts")
+    runtimes: tuple[str, ...] = ("onnxruntime",)
+    precisions: tuple[str, ...] = ("fp32",)
+    device: str = "cpu"
+    profiles: tuple[Profile, ...] = (Profile(1, 8, 32),)
+    options: Options = field(default_factory=Options)
+    calibrate: str = "random"
+    method: str = "minmax"
+    images: int = 64
+    preprocess: str | None = None
+    keep: tuple[str, ...] = ()
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine: `built`, `cached`, or `refused` with the reason. `why` says why a cached one was not used."""
+
+    runtime: str
+    precision: str
+    status: str
+    why: str
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    folder: Path
+    rows: tuple[Row, ...]
+
+
+def build(request: Request, progress: Progress = lambda step: None) -> Result:
+    """Builds every runtime in every precision asked for. Raises the error of the only engine, if it is refused."""
+    for precision in request.precisions:
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision {precision!r}", "unknown", f"one of {', '.join(PRECISIONS)}")
+    with workspace.opened(artifact.folder_of(request.model, request.out, progress)) as held:
+        rows = [_row(request, held, runtime, precision, progress)
+                for runtime in request.runtimes for precision in request.precisions]
+        return Result(held.folder, tuple(rows))
+
+
+def _row(request: Request, held: Workspace, runtime: str, precision: str, progress: Progress) -> Row:
+    """A combination that a runtime cannot give is a row that says so, unless it is all that was asked for."""
+    try:
+        return _engine(request, held, runtime, precision, progress)
+    except (RuntimeUnavailable, PrecisionError, BuildError) as error:
+        if len(request.runtimes) * len(request.precisions) == 1:
+            raise
+        return Row(runtime, precision, "refused", str(error))
+
+
+def _engine(request: Request, held: Workspace, runtime: str, precision: str, progress: Progress) -> Row:
+    module = backend(runtime)
+    variant = module.variant(precision, request.device)
+    if variant is None:
+        raise BuildError(f"{runtime} on {request.device}", f"{precision} is not a precision it computes in")
+    model = held.folder / _variant(request, held, variant, progress)
+    wish = BuildRequest(model, runtime, precision, request.device, _profiles(request, model), request.options)
+    wanted = receipt.key(wish, module.identity(wish), artifact.manifest_of(held)["files"][model.name])
+    folder = held.folder / ENGINES
+    folder.mkdir(exist_ok=True)
+    found = receipt.find(folder, wanted)
+    if isinstance(found, Receipt) and not request.force:
+        return Row(runtime, precision, "cached", "", found)
+    name = receipt.engine_id(wanted) + module.SUFFIX
+    staged, start = folder / (name + workspace.NEW), perf_counter()
+    built = module.build(wish, staged, lambda step: progress(f"build {runtime} {precision}: {step}"))
+    check_precision(wish, built)
+    made = receipt.make(wanted, staged, name, built, perf_counter() - start)
+    _put(folder, made)
+    return Row(runtime, precision, "built", "forced" if isinstance(found, Receipt) else found, made)
+
+
+def _put(folder: Path, made: Receipt) -> None:
+    """The engine first, its receipt last: without one an engine is never loaded."""
+    path = folder / f"{receipt.engine_id(made.key)}.json"
+    path.unlink(missing_ok=True)
+    (folder / (made.file + workspace.NEW)).replace(folder / made.file)
+    staged = path.with_name(path.name + workspace.NEW)
+    staged.write_text(json.dumps(asdict(made), indent=1) + "\n", "utf-8")
+    staged.replace(path)
+
+
+def _profiles(request: Request, model: Path) -> tuple[Profile, ...]:
+    """A model with a fixed batch has that one profile."""
+    batch = model_file.read(model).batch
+    return request.profiles if batch is None else (Profile(batch, batch, batch),)
+
+
+def check_precision(wish: BuildRequest, built: Built) -> None:
+    """Raises PrecisionError unless most compute layers run in the precision that the engine is named after."""
+    layers, total = built.layers.get(wish.precision, 0), sum(built.layers.values())
+    if 2 * layers < total:
+        counts = ", ".join(f"{n} {p}" for p, n in built.layers.items())
+        raise PrecisionError(f"{wish.runtime} in {wish.precision}", f"{counts} compute layers in {built.source}",
+                             f"most of {total} in {wish.precision}", "choose another precision for this device")
+
+
+# --- the model's form for a precision --------------------------------------------------------------------------
+
+def _variant(request: Request, held: Workspace, variant: str, progress: Progress) -> str:
+    """The file name of the form, which is made unless the manifest has it from the same recipe."""
+    if not variant:
+        return MODEL
+    from export import precision
+
+    manifest, name = artifact.manifest_of(held), f"model.{variant}.onnx"
+    source, keep = held.folder / MODEL, request.keep
+    recipe: dict[str, Any] = {"source": manifest["files"][MODEL], "keep": list(keep)}
+    if variant.startswith("int8"):
+        recipe |= {"calibrate": _digest(request.calibrate), "method": request.method, "images": request.images,
+                   "preprocess": request.preprocess}
+    if manifest.get("variants", {}).get(name) == recipe and name in manifest["files"]:
+        return name
+    progress(f"{variant} model")
+    if variant.startswith("int8"):
+        images = _calibration(request, manifest)
+        held.stage(name, lambda path: precision.to_int8(source, path, variant, images, request.method, keep))
+    else:
+        held.stage(name, lambda path: precision.to_half(source, path, variant, keep))
+    held.commit({**manifest, "variants": {**manifest.get("variants", {}), name: recipe}}, (name,))
+    return name
+
+
+def _digest(calibrate: str) -> str:
+    """What calibration data is known by: names, sizes and dates of the files of a folder, or a file's bytes."""
+    path = Path(calibrate)
+    if path.is_file():
+        return workspace.sha256(path)
+    if path.is_dir():
+        entries = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return calibrate
+
+
+def _calibration(request: Request, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    from pipeline import calibration
+
+    return calibration.load(request.calibrate, manifest, request.images, request.preprocess)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run_stage
+
+    run_stage("build")
+
+
+__all__ = ["EngineError", "Request", "Result", "Row", "build"]
