@@ -41,7 +41,9 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
     """Compiles the model and writes it to `target`. Raises BuildError."""
     core = openvino.Core()
     try:
-        compiled = core.compile_model(core.read_model(str(request.model)), "CPU", _settings(request))
+        model = core.read_model(str(request.model))
+        _name_outputs(model)
+        compiled = core.compile_model(model, "CPU", _settings(request))
     except RuntimeError as error:
         raise BuildError(f"OpenVINO, {request.model.name}", _reason(error), "a model it can compile") from error
     target.write_bytes(compiled.export_model().getvalue())
@@ -54,6 +56,14 @@ def load(request: BuildRequest, path: Path) -> OpenVinoRuntime:
     except RuntimeError as error:
         raise StaleEngine(f"engine {path}", f"OpenVINO does not load it ({_reason(error)})", "",
                           "build it again with --force") from error
+
+
+def _name_outputs(model: Any) -> None:
+    """A tensor that ONNX knows by two names (behind a Dropout) keeps the one that the output has."""
+    for port in model.outputs:
+        name = port.get_node().get_friendly_name().split("/sink_port_")[0]
+        if name in port.get_names():
+            port.get_tensor().set_names({name})
 
 
 def _settings(request: BuildRequest) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -27,6 +28,8 @@ from export.passes.values import attributes, constant, make_constant, make_node,
 
 METHODS = ("minmax", "entropy", "percentile")
 FORMS = ("int8", "int8-symmetric")
+# 256 levels between 0 and 1 leave nothing of the probabilities of 1000 classes, or of a sum of squares
+IN_FLOAT = ("Softmax", "LogSoftmax", "LRN")
 VARIANTS = ("fp16", "bf16", *FORMS)
 
 
@@ -94,13 +97,15 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
     symmetric = form == "int8-symmetric"
     with TemporaryDirectory(dir=target.parent) as folder, _quiet():
         prepared = Path(folder) / "float.onnx"
-        _write(_with_depthwise(model), prepared)
+        ready = _with_depthwise(_folded(model, prepared))
+        _write(ready, prepared)
+        in_float = [*keep, *(n.name for n in ready.graph.node if n.op_type in IN_FLOAT)]
         extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True, "CalibMaxIntermediateOutputs": chunk,
                  "QuantizeBias": not symmetric}  # TensorRT takes a bias in float only
         q.quantize_static(str(prepared), str(target), _Reader(images, chunk), quant_format=q.QuantFormat.QDQ,
                           per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
                           weight_type=q.QuantType.QInt8, calibrate_method=methods[method],
-                          nodes_to_exclude=list(keep), extra_options=extra)
+                          nodes_to_exclude=in_float, extra_options=extra)
 
 
 @contextlib.contextmanager
@@ -141,12 +146,32 @@ class _Reader:
         return next(self._feeds, None)
 
 
-def _with_depthwise(path: Path) -> onnx.ModelProto:
+def _folded(path: Path, scratch: Path) -> onnx.ModelProto:
+    """A model from elsewhere with its weights as constants, batch norms folded, in an opset with per-channel QDQ."""
+    import onnxruntime
+
+    model = onnx.load(path)
+    if model.producer_name == "enginesmith":
+        return model
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(scratch)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(scratch)
+    if next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")) < 13:
+        model = onnx.version_converter.convert_version(model, 17)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _with_depthwise(proto: onnx.ModelProto) -> onnx.ModelProto:
     """BatchNormalization(x) = x s + t as a depthwise 1x1 convolution, which quantizes as one operation."""
-    model = ir.from_proto(onnx.load(path))
-    for node in model.graph:
+    model = ir.from_proto(proto)
+    for i, node in enumerate(model.graph):
         if node.op_type == "BatchNormalization":
             _depthwise(model.graph, node)
+        elif not node.name:  # the quantizer knows nodes by name
+            node.name = f"{node.op_type}_{i}"
     RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
 

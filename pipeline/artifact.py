@@ -68,10 +68,15 @@ def _imported(path: Path, out: Path, progress: Progress) -> Path:
 
 
 def _copy(source: ModelFile, target: Path) -> None:
-    """One file, with the external data inside of it."""
+    """One file, with the external data inside of it. Old files list weights as inputs that a caller may override,
+    which keeps runtimes from folding them: here they are constants."""
     import onnx
 
     model = onnx.load(source.path)
+    fed = [v for v in model.graph.input if v.name in {s.name for s in source.inputs}]
+    del model.graph.input[:]
+    model.graph.input.extend(fed)
+    model.ir_version = max(model.ir_version, 4)
     try:
         target.write_bytes(model.SerializeToString())
     except ValueError as error:  # protobuf's limit

@@ -14,8 +14,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from engines import model_file, receipt
-from engines.errors import BuildError, EngineError, PrecisionError, RuntimeUnavailable
+from engines import receipt
+from engines.errors import BuildError, PrecisionError, RuntimeUnavailable
 from engines.receipt import Receipt
 from engines.runtime import PRECISIONS, BuildRequest, Built, Options, Profile, backend
 from export.errors import UsageError
@@ -90,8 +90,9 @@ def _engine(request: Request, held: Workspace, runtime: str, precision: str, pro
     if variant is None:
         raise BuildError(f"{runtime} on {request.device}", f"{precision} is not a precision it computes in")
     model = held.folder / _variant(request, held, variant, progress)
-    wish = BuildRequest(model, runtime, precision, request.device, _profiles(request, model), request.options)
-    wanted = receipt.key(wish, module.identity(wish), artifact.manifest_of(held)["files"][model.name])
+    manifest = artifact.manifest_of(held)
+    wish = BuildRequest(model, runtime, precision, request.device, _profiles(request, manifest), request.options)
+    wanted = receipt.key(wish, module.identity(wish), manifest["files"][model.name])
     folder = held.folder / ENGINES
     folder.mkdir(exist_ok=True)
     found = receipt.find(folder, wanted)
@@ -116,10 +117,11 @@ def _put(folder: Path, made: Receipt) -> None:
     staged.replace(path)
 
 
-def _profiles(request: Request, model: Path) -> tuple[Profile, ...]:
+def _profiles(request: Request, manifest: Mapping[str, Any]) -> tuple[Profile, ...]:
     """A model with a fixed batch has that one profile."""
-    batch = model_file.read(model).batch
-    return request.profiles if batch is None else (Profile(batch, batch, batch),)
+    shape = manifest["inputs"][0]["shape"]
+    batch = shape[0] if shape else 1
+    return (Profile(batch, batch, batch),) if isinstance(batch, int) else request.profiles
 
 
 def check_precision(wish: BuildRequest, built: Built) -> None:
@@ -137,8 +139,6 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
     """The file name of the form, which is made unless the manifest has it from the same recipe."""
     if not variant:
         return MODEL
-    from export import precision
-
     manifest, name = artifact.manifest_of(held), f"model.{variant}.onnx"
     source, keep = held.folder / MODEL, request.keep
     recipe: dict[str, Any] = {"source": manifest["files"][MODEL], "keep": list(keep)}
@@ -147,6 +147,8 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
                    "preprocess": request.preprocess}
     if manifest.get("variants", {}).get(name) == recipe and name in manifest["files"]:
         return name
+    from export import precision
+
     progress(f"{variant} model")
     if variant.startswith("int8"):
         images = _calibration(request, manifest)
@@ -178,6 +180,3 @@ if __name__ == "__main__":
     from pipeline.cli import run_stage
 
     run_stage("build")
-
-
-__all__ = ["EngineError", "Request", "Result", "Row", "build"]

@@ -9,15 +9,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engines.errors import EngineError
 from export.errors import EnginesmithError, UsageError
 
 if TYPE_CHECKING:
+    from pipeline.build import Result as BuildResult
     from pipeline.export import ExportResult
+    from pipeline.verify import Result as VerifyResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Keras networks to verified ONNX models and the fastest engines that run them.")
@@ -66,6 +70,108 @@ def export(
         print(json.dumps(result.manifest))
     else:
         _print_export(result)
+
+
+RuntimeNames = Annotated[list[str] | None, typer.Option(
+    "--runtime", metavar="NAME", help="onnxruntime, openvino, tensorrt, tensorrt-rtx; repeatable.")]
+PrecisionNames = Annotated[list[str] | None, typer.Option(
+    "--precision", metavar="NAME", help="fp32, tf32, fp16, bf16, int8; repeatable.")]
+Artifact = Annotated[str, typer.Argument(
+    metavar="MODEL", help="What export takes, an .onnx file, or an artifact folder.")]
+
+
+@app.command()
+def build(
+    model: Artifact,
+    out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
+    runtime: RuntimeNames = None,
+    precision: PrecisionNames = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda:N", help="Where the engines run.")] = "cpu",
+    profile: Annotated[list[str] | None, typer.Option(
+        metavar="MIN,OPT,MAX", help="Batch sizes; repeatable for TensorRT. Default: 1,8,32.")] = None,
+    calibrate: Annotated[str, typer.Option(
+        metavar="random|DIR|FILE.npy", help="Calibration data for int8: images, or the model's inputs.")] = "random",
+    calibration_method: Annotated[str, typer.Option(metavar="minmax|entropy|percentile")] = "minmax",
+    calibration_images: Annotated[int, typer.Option(min=1, help="How many of them are used.")] = 64,
+    preprocess: Annotated[str | None, typer.Option(
+        metavar="tf|caffe|torch|rgb_mean|facenet", help="Normalisation of calibration images, if not own.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(
+        metavar="NODE", help="ONNX node that stays in float32; repeatable.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: one for each core.")] = 0,
+    workspace_mib: Annotated[int | None, typer.Option(min=1, help="TensorRT's workspace limit.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="TensorRT's.")] = None,
+    compute_capability: Annotated[list[str] | None, typer.Option(
+        metavar="SM", help="Target of TensorRT-RTX, e.g. 86; repeatable.")] = None,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible")] = False,
+    hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible")] = False,
+    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan that is refitted on load.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build again, even if the engine is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
+) -> None:
+    """Build engines from MODEL, each with a receipt of what it really runs."""
+    from engines.runtime import Options, Profile
+    from pipeline import build as stage
+
+    options = Options(threads, optimization_level, None if workspace_mib is None else workspace_mib << 20,
+                      tuple(compute_capability or ()), version_compatible, hardware_compatible, strip_weights)
+    profiles = tuple(Profile(*_profile(text)) for text in profile or ("1,8,32",))
+    request = stage.Request(
+        model, out, tuple(runtime or ("onnxruntime",)), tuple(precision or ("fp32",)), device, profiles, options,
+        calibrate, calibration_method, calibration_images, preprocess, tuple(keep or ()), force)
+    with _progress(as_json) as progress:
+        result = stage.build(request, progress)
+    if as_json:
+        print(json.dumps([asdict(row) for row in result.rows]))
+    else:
+        _print_build(result)
+
+
+@app.command()
+def verify(
+    model: Artifact,
+    out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
+    runtime: RuntimeNames = None,
+    precision: PrecisionNames = None,
+    max_error: Annotated[list[str] | None, typer.Option(
+        metavar="PRECISION=X", help="Limit of the relative L2 error of a precision; repeatable.")] = None,
+    rebuilds: Annotated[int, typer.Option(min=0, help="Build each engine again N times; all must agree.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
+) -> None:
+    """Check every engine of MODEL against the reference outputs of its export."""
+    from pipeline import verify as stage
+
+    request = stage.Request(model, out, tuple(runtime or ()), tuple(precision or ()), _limits(max_error or []),
+                            rebuilds)
+    with _progress(as_json) as progress:
+        result = stage.verify(request, progress)
+    if as_json:
+        print(json.dumps([asdict(row) for row in result.rows]))
+    else:
+        _print_verify(result)
+    result.check()
+
+
+def _profile(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"profile {text!r}", "not three batch sizes", "MIN,OPT,MAX, e.g. 1,8,32")
+    first, second, third = (int(part) for part in parts)
+    return first, second, third
+
+
+def _limits(pairs: list[str]) -> dict[str, float]:
+    from engines.runtime import PRECISIONS
+
+    limits = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            limits[name] = -1
+        if name not in PRECISIONS or not limits[name] >= 0:
+            raise UsageError(f"max-error {pair!r}", "not a limit", "PRECISION=X, e.g. int8=0.05")
+    return limits
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -144,13 +250,63 @@ def _print_export(result: ExportResult) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def _print_build(result: BuildResult) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table("runtime", "precision", "status", "seconds", "MB", "compute layers", "file", box=SIMPLE_HEAD)
+    notes = []
+    for row in result.rows:
+        made = row.receipt
+        if made is None:
+            table.add_row(row.runtime, row.precision, row.status, "-", "-", "-", "-")
+            notes.append(f"refused: {row.why}")
+            continue
+        layers = ", ".join(f"{count} {name}" for name, count in made.layers.items()) or "none"
+        table.add_row(row.runtime, row.precision, row.status, f"{made.build_seconds:.1f}",
+                      f"{made.size_bytes / 1e6:.1f}", layers, made.file)
+        if row.status == "built":
+            notes.append(f"built {made.file}: {row.why}")
+    console.print(table)
+    for line in [*notes, f"{result.folder / 'engines'}"]:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _print_verify(result: VerifyResult) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table("runtime", "precision", "status", "batch", "relative L2", "limit", "cosine", "top-1", "top-5",
+                  "same rows", "padded", box=SIMPLE_HEAD)
+    notes = []
+    for row in result.rows:
+        same, padded = ("-" if v is None else f"{v:.0e}" if v else "equal" for v in (row.identical_rows, row.padding))
+        if not row.comparisons:
+            table.add_row(row.runtime, row.precision, row.status, *["-"] * 8)
+        for i, c in enumerate(row.comparisons):
+            name = (row.runtime, row.precision, row.status) if i == 0 else ("", "", "")
+            table.add_row(*name, str(c.batch), f"{c.relative_l2:.1e}", f"{row.limit:.0e}", f"{c.cosine:.6f}",
+                          f"{c.top1:.0%}", f"{c.top5:.0%}", *((same, padded) if i == 0 else ("", "")))
+        if row.reason:
+            notes.append(f"{row.status}: {row.runtime} {row.precision}: {row.reason}")
+        if row.rebuilds is not None:
+            notes.append(f"rebuilt: {row.runtime} {row.precision}: outputs differ by {row.rebuilds:.1e}")
+    console.print(table)
+    for line in notes:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
 # --- entry points ----------------------------------------------------------------------------------------------
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
     try:
         app(arguments, prog_name="enginesmith", standalone_mode=True)
-    except EnginesmithError as error:
+    except (EnginesmithError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

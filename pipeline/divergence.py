@@ -19,6 +19,7 @@ from engines.runtime import BuildRequest, Feeds, Profile, backend
 from pipeline.export import MODEL
 
 CHUNK_BYTES = 256 << 20
+CONSTANT = ("Constant", "ConstantOfShape")
 
 
 def first_node(wish: BuildRequest, inputs: Mapping[str, np.ndarray], limit: float) -> str:
@@ -35,7 +36,8 @@ def first_node(wish: BuildRequest, inputs: Mapping[str, np.ndarray], limit: floa
                 error = np.linalg.norm(found[name].astype(np.float64) - truth[name]) / norm
                 if not error <= limit:
                     node = next(n for n in original.graph.node if name in n.output)
-                    return f"first node that departs: {node.name} ({node.op_type}), relative L2 error {error:.2e}"
+                    label = node.name or f"of {name}"
+                    return f"first node that departs: {label} ({node.op_type}), relative L2 error {error:.2e}"
     except EngineError as error:
         return f"the first node that departs could not be searched ({error})"
     return "no single node departs by more than the limit"
@@ -52,7 +54,7 @@ def _chunks(original: onnx.ModelProto, model: onnx.ModelProto, feeds: Feeds) -> 
     total = 0
     for node in original.graph.node:
         for name in node.output:
-            if name not in there or name not in sizes:
+            if node.op_type in CONSTANT or name not in there or name not in sizes:
                 continue
             if names and total + sizes[name] > CHUNK_BYTES:
                 yield names

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from engines import receipt as receipts
-from engines.errors import EngineError, RuntimeUnavailable, StaleEngine, VerifyFailed
+from engines.errors import RuntimeUnavailable, StaleEngine, VerifyFailed
 from engines.receipt import Receipt
 from engines.runtime import BuildRequest, Runtime, backend
 from export.errors import UsageError
@@ -231,6 +231,3 @@ if __name__ == "__main__":
     from pipeline.cli import run_stage
 
     run_stage("verify")
-
-
-__all__ = ["EngineError", "Request", "Result", "Row", "verify"]
