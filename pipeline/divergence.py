@@ -31,7 +31,7 @@ def first_node(wish: BuildRequest, inputs: Mapping[str, np.ndarray], limit: floa
         for names in _chunks(original, model, feeds):
             truth = _outputs(original, BuildRequest(wish.model, "onnxruntime"), names, feeds)
             found = _outputs(model, single, names, feeds)
-            for name in names:
+            for name in (n for n in names if n in found):  # OpenVINO merges what a Dropout would part
                 norm = np.linalg.norm(truth[name]) or 1
                 error = np.linalg.norm(found[name].astype(np.float64) - truth[name]) / norm
                 if not error <= limit:
