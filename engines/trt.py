@@ -75,6 +75,8 @@ class TrtRuntime:
         if self._engine is None:
             raise StaleEngine(f"engine {path}", f"{request.runtime} {trt.__version__} does not load it", "",
                               "build it again with --force")
+        if request.options.strip_weights:
+            self._refit(trt, request)
         self._stream = _checked(self._cuda.cudaStreamCreate())
         self._contexts: dict[int, Any] = {}
         self._prepared: dict[tuple[tuple[int, ...], ...], TrtPrepared] = {}
@@ -84,6 +86,14 @@ class TrtRuntime:
         self._numpy = trt.nptype
         self.inputs = tuple(self._spec(n) for n in fed)
         self.outputs = tuple(self._spec(n) for n in names if n not in fed)
+
+    def _refit(self, trt: Any, request: BuildRequest) -> None:
+        """Gives a plan without weights those of the model it was built from."""
+        refitter = trt.Refitter(self._engine, self._logger)
+        parsed = trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(request.model))
+        if not parsed or not refitter.refit_cuda_engine():
+            raise StaleEngine(f"engine of {request.model.name}", "does not take the model's weights",
+                              "the model it was built from", "build it again")
 
     def _spec(self, name: str) -> TensorSpec:
         return TensorSpec(name, np.dtype(self._numpy(self._engine.get_tensor_dtype(name))),

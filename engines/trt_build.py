@@ -46,6 +46,9 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
         plan = _serialized(trt, builder, network, config, progress)
         if plan is not None:
             break
+        if request.options.strip_weights and request.device == "cpu":
+            raise BuildError(f"{request.runtime} without weights", log.reason(), "a GPU while building",
+                             "build with --device cuda:0, or with the weights in")
         smaller = (workspace or 2 * LARGEST_WORKSPACE) // 2
         if not _out_of_memory(log.messages) or smaller < SMALLEST_WORKSPACE:
             raise BuildError(f"{request.runtime}, {request.model.name}", log.reason(), "a model it can build")
