@@ -26,7 +26,7 @@ Feeds = Mapping[str, np.ndarray]
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 RUNTIMES: Mapping[str, str] = MappingProxyType({
     "onnxruntime": "engines.ort", "openvino": "engines.openvino", "tensorrt": "engines.trt",
-    "tensorrt-rtx": "engines.trt",
+    "tensorrt-rtx": "engines.trt", "tensorflow": "engines.tf", "tensorflow-xla": "engines.tf",
 })
 
 

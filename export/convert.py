@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from export.errors import ModelError, listed
 from export.passes.constants import fold_constants
+from export.preprocess import NORMALISATIONS
 
 if TYPE_CHECKING:
     import keras
@@ -58,6 +60,36 @@ def to_onnx(model: keras.Model, batch: int | None, opset: int) -> ir.Model:
     proto = _proto(model.name, traced, opset)
     by_name = {tensor.name: source for tensor, source in zip(traced.inputs, sources, strict=True)}
     return _assemble(proto, by_name, names, batch)
+
+
+def to_saved_model(model: keras.Model, outputs: Sequence[str], normalisation: str | None, channels_first: bool,
+                   folder: Path) -> None:
+    """Writes what the ONNX model computes as a SavedModel, for the TensorFlow baseline: same inputs, same outputs."""
+    import tensorflow as tf
+
+    step = NORMALISATIONS[normalisation] if normalisation else None
+
+    def fed(value: Any) -> Any:
+        value = tf.transpose(value, (0, 2, 3, 1)) if channels_first else value
+        if step is None:
+            return value
+        pixels = tf.cast(value, tf.float32)[..., ::-1 if step.bgr else 1]
+        return pixels * tf.constant(step.scale) + tf.constant(step.offset)
+
+    def serve(**inputs: Any) -> dict[str, Any]:
+        values = [fed(inputs[v.name]) for v in model.inputs]
+        found = model(values if len(values) > 1 else values[0], training=False)
+        return {n: tf.transpose(found[n], (0, 3, 1, 2)) if channels_first and len(found[n].shape) == 4 else found[n]
+                for n in outputs}
+
+    specs = {}
+    for v in model.inputs:
+        shape = tuple(v.shape[i] for i in (0, 3, 1, 2)) if channels_first else tuple(v.shape)
+        specs[v.name] = tf.TensorSpec(shape, tf.uint8 if step else v.dtype, name=v.name)
+    module = tf.Module()
+    module.weights = model.weights  # a SavedModel keeps the variables that its module has
+    module.serve = tf.function(serve).get_concrete_function(**specs)
+    tf.saved_model.save(module, str(folder), {"serving_default": module.serve})
 
 
 def _traced(function: Any, *specs: Any) -> Any:

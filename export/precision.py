@@ -100,7 +100,8 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
         ready = _with_depthwise(_folded(model, prepared))
         _write(ready, prepared)
         in_float = [*keep, *(n.name for n in ready.graph.node if n.op_type in IN_FLOAT)]
-        extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True, "CalibMaxIntermediateOutputs": chunk,
+        extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True,
+                 "CalibStridedMinMax": 1,  # by chunk, in every method
                  "QuantizeBias": not symmetric}  # TensorRT takes a bias in float only
         q.quantize_static(str(prepared), str(target), _Reader(images, chunk), quant_format=q.QuantFormat.QDQ,
                           per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
@@ -131,16 +132,19 @@ def check_calibration(images: Mapping[str, np.ndarray]) -> None:
 
 
 class _Reader:
-    """What quantize_static takes its feeds from: `chunk` images at a time."""
+    """What quantize_static takes its feeds from: it collects, and drops, the activations of one chunk at a time."""
 
     def __init__(self, images: Mapping[str, np.ndarray], chunk: int) -> None:
-        self._feeds = self._chunks(images, chunk)
-
-    @staticmethod
-    def _chunks(images: Mapping[str, np.ndarray], chunk: int) -> Iterator[dict[str, np.ndarray]]:
         count = len(next(iter(images.values())))
-        for start in range(0, count, chunk):
-            yield {name: array[start:start + chunk] for name, array in images.items()}
+        self._chunks = [{name: array[start:start + chunk] for name, array in images.items()}
+                        for start in range(0, count, chunk)]
+        self._feeds = iter(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._feeds = iter(self._chunks[start_index:end_index])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self._feeds, None)

@@ -54,6 +54,8 @@ def export(
         metavar="none|own|tf|caffe|torch|rgb_mean|facenet",
         help="Take uint8 pixels and normalise inside the graph; own: as the network was trained.")] = "none",
     layout: Annotated[str, typer.Option(metavar="nhwc|nchw", help="Layout of images and 4-D outputs.")] = "nhwc",
+    saved_model: Annotated[bool, typer.Option(
+        "--saved-model", help="Write a SavedModel too, for the TensorFlow baseline.")] = False,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Run Python code stored in a .keras file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Export again, even if an identical export is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, and nothing else.")] = False,
@@ -63,7 +65,7 @@ def export(
 
     request = stage.ExportRequest(
         model, out, name, weights, classes, _size(size), _batch(batch), _names(outputs), _options(option or []), opset,
-        seed, preprocess, layout, unsafe, force)
+        seed, preprocess, layout, saved_model, unsafe, force)
     with _progress(as_json) as progress:
         result = stage.export(request, progress)
     if as_json:
@@ -73,7 +75,8 @@ def export(
 
 
 RuntimeNames = Annotated[list[str] | None, typer.Option(
-    "--runtime", metavar="NAME", help="onnxruntime, openvino, tensorrt, tensorrt-rtx; repeatable.")]
+    "--runtime", metavar="NAME",
+    help="onnxruntime, openvino, tensorrt, tensorrt-rtx, tensorflow, tensorflow-xla; repeatable.")]
 PrecisionNames = Annotated[list[str] | None, typer.Option(
     "--precision", metavar="NAME", help="fp32, tf32, fp16, bf16, int8; repeatable.")]
 Artifact = Annotated[str, typer.Argument(

@@ -19,6 +19,7 @@ from engines.runtime import BuildRequest, Feeds, Profile, backend
 from pipeline.export import MODEL
 
 CHUNK_BYTES = 256 << 20
+DEQUANTIZED = "_DequantizeLinear_Output"  # as onnxruntime.quantization names it
 CONSTANT = ("Constant", "ConstantOfShape")
 
 
@@ -54,7 +55,7 @@ def _chunks(original: onnx.ModelProto, model: onnx.ModelProto, feeds: Feeds) -> 
     total = 0
     for node in original.graph.node:
         for name in node.output:
-            if node.op_type in CONSTANT or name not in there or name not in sizes:
+            if node.op_type in CONSTANT or name not in sizes or not {name, name + DEQUANTIZED} & there:
                 continue
             if names and total + sizes[name] > CHUNK_BYTES:
                 yield names
@@ -66,7 +67,16 @@ def _chunks(original: onnx.ModelProto, model: onnx.ModelProto, feeds: Feeds) -> 
 
 
 def _outputs(model: onnx.ModelProto, wish: BuildRequest, names: list[str], feeds: Feeds) -> dict[str, np.ndarray]:
-    """The named tensors of `model`, built as `wish` says."""
+    """The named tensors of `model`, built as `wish` says.
+
+    A quantized tensor is what comes out of its DequantizeLinear: before it, it lacks the clipping of a merged Relu.
+    """
+    there = {name for node in model.graph.node for name in node.output}
+    tapped = {f"{n}{DEQUANTIZED}" if f"{n}{DEQUANTIZED}" in there else n: n for n in names}
+    return {tapped[name]: array for name, array in _tapped(model, wish, list(tapped), feeds).items()}
+
+
+def _tapped(model: onnx.ModelProto, wish: BuildRequest, names: list[str], feeds: Feeds) -> dict[str, np.ndarray]:
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     del tapped.graph.output[:]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Case = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # inputs, Keras's outputs
 
-MODEL, REFERENCE = "model.onnx", "reference.npz"
+MODEL, REFERENCE, SAVED_MODEL = "model.onnx", "reference.npz", "saved_model"
 TOOLS = ("enginesmith", "keras", "tensorflow", "tf2onnx", "onnx", "onnx-ir", "onnxruntime", "numpy")
 Progress = Callable[[str], None]
 
@@ -58,6 +58,7 @@ class ExportRequest:
     seed: int = 0
     preprocess: str = "none"
     layout: str = "nhwc"
+    saved_model: bool = False
     unsafe: bool = False
     force: bool = False
     checks: bool = True
@@ -219,6 +220,11 @@ def _export(request: ExportRequest, source: Source, folder: Workspace, progress:
         _accept(folder, comparisons)
         reference = _reference(cases)
 
+    if request.saved_model:
+        clock.start("SavedModel")
+        folder.stage(SAVED_MODEL, lambda path: convert.to_saved_model(model, outputs, normalisation,
+                                                                      request.layout == "nchw", path))
+
     clock.start("commit")
     folder.stage(REFERENCE, lambda path: save_arrays(path, reference))
     manifest = {
@@ -230,7 +236,7 @@ def _export(request: ExportRequest, source: Source, folder: Workspace, progress:
         "comparisons": [asdict(row) for row in comparisons], "checked": request.checks,
         "seconds": clock.stop(), "tools": tool_versions(),
     }
-    written = folder.commit(manifest, (MODEL, REFERENCE))
+    written = folder.commit(manifest, (MODEL, REFERENCE, *((SAVED_MODEL,) if request.saved_model else ())))
     return ExportResult(folder.folder, written, tuple(table), tuple(comparisons), reused=False)
 
 

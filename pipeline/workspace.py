@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ LOCK = ".lock"
 
 
 def sha256(path: Path) -> str:
+    """Of a file's bytes, or of the names and bytes of all files below a folder."""
+    if path.is_dir():
+        files = (f"{f.relative_to(path).as_posix()} {sha256(f)}" for f in sorted(path.rglob("*")) if f.is_file())
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,8 +85,10 @@ class Workspace:
         commit = self.folder / COMMIT
         if commit.exists():
             for name in json.loads(commit.read_bytes())["files"]:
-                with contextlib.suppress(FileNotFoundError):
-                    (self.folder / (name + NEW)).replace(self.folder / name)
+                staged = self.folder / (name + NEW)
+                if staged.exists():
+                    _remove_folder(self.folder / name)  # a rename puts a file in place of a file, but no folder
+                    staged.replace(self.folder / name)
             commit.replace(self.folder / MANIFEST)
             _flush_folder(self.folder)
         self.discard()
@@ -102,8 +109,9 @@ class Workspace:
         """Has `write` make the file that commit() will call `name`; the path of the staged file."""
         path = self.folder / (name + NEW)
         write(path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        for part in (f for f in (path, *path.rglob("*")) if f.is_file()):
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
         return path
 
     def commit(self, manifest: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -127,7 +135,13 @@ class Workspace:
     def discard(self) -> None:
         """Drops what is staged, here and one folder below."""
         for staged in (*self.folder.glob(f"*{NEW}"), *self.folder.glob(f"*/*{NEW}")):
-            staged.unlink()
+            _remove_folder(staged)
+            staged.unlink(missing_ok=True)
+
+
+def _remove_folder(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,0 +1,148 @@
+"""One runtime in one fresh process, driven over a pipe.
+
+TensorFlow's and ONNX Runtime's GPU wheels bring different CUDA libraries under the same names, TensorFlow takes the
+whole GPU, and thread pools fight for cores: a fair comparison, and a working one, needs a process for each.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any, Self
+
+import numpy as np
+
+from engines.errors import EngineError
+from engines.runtime import BuildRequest, Built, backend
+
+
+class Worker:
+    """A context manager: the process starts on entry and is gone after exit, whatever happened in it."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        self.request = request
+        context = multiprocessing.get_context("spawn")  # a fork would share the parent's runtimes and locks
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, request), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._process.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def build(self) -> Built:
+        """Builds the request's engine in the process and loads it."""
+        built: Built = self._call("build")
+        return built
+
+    def load(self, path: Path) -> None:
+        """Loads an engine that is built."""
+        self._call("load", path)
+
+    def prepare(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Sets the shapes and values of time(), runs once, and returns the outputs."""
+        outputs: dict[str, np.ndarray] = self._call("prepare", dict(feeds))
+        return outputs
+
+    def time(self, steps: int) -> list[int]:
+        """Wall nanoseconds of each of `steps` prepared runs."""
+        samples: list[int] = self._call("time", steps)
+        return samples
+
+    def peak_bytes(self) -> int:
+        """The largest resident size that the process has had."""
+        peak: int = self._call("peak_bytes")
+        return peak
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Raises the EngineError that the process raised, or one that says that it died."""
+        try:
+            self._pipe.send((name, arguments))
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(10)
+            raise EngineError(f"{self.request.runtime} process", f"ended with {self._process.exitcode} in {name}", "",
+                              "a negative number is a signal; 9 is what the system sends when memory runs out"
+                              ) from error
+        if kind == "error":
+            raise value
+        if kind == "bug":
+            raise RuntimeError(value)
+        return value
+
+
+def _serve(pipe: Connection, request: BuildRequest) -> None:
+    engine = _Engine(request)
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send(("value", getattr(engine, name)(*arguments)))
+        except EngineError as error:
+            pipe.send(("error", _Carried(str(error), type(error))))
+        except Exception:
+            pipe.send(("bug", traceback.format_exc()))
+
+
+class _Carried(EngineError):
+    """An error of the process, raised again here: pickle does not know the parts that its line was made of."""
+
+    def __init__(self, text: str, kind: type[EngineError]) -> None:
+        Exception.__init__(self, text)
+        self.kind, self.exit_code = kind, kind.exit_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Carried, (str(self), self.kind)
+
+
+class _Engine:
+    """What the process does for each call of Worker."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        self.request = request
+
+    def build(self) -> Built:
+        module = backend(self.request.runtime)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"engine{module.SUFFIX}"
+            built = module.build(self.request, path, lambda step: None)
+            self.load(path)
+        return Built(dict(built.layers), built.source, built.tf32, dict(built.details))
+
+    def load(self, path: Path) -> None:
+        self.runtime = backend(self.request.runtime).load(self.request, path)
+
+    def prepare(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.prepared = self.runtime.prepare(feeds)
+        self.prepared()
+        return {name: array.copy() for name, array in self.prepared.outputs.items()}
+
+    def time(self, steps: int) -> list[int]:
+        prepared, samples = self.prepared, []
+        for _ in range(steps):
+            start = perf_counter_ns()
+            prepared()
+            samples.append(perf_counter_ns() - start)
+        return samples
+
+    def peak_bytes(self) -> int:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
