@@ -1,11 +1,12 @@
 # make run    the main job, on resnet_v2_50; another network by MODEL=...
 # make test   the tests, in an environment of their own
+# make test-gpu   the tests that need an NVIDIA GPU, in another environment
 PYTHON ?= python3.11
 MODEL ?= resnet_v2_50
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint
+.PHONY: run test lint test-gpu
 run: $(VENV)/.ready
 	$(BIN)/python -m pipeline.export $(MODEL)
 
@@ -15,6 +16,15 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+# not under the constraints: those pin the CPU's wheels
+test-gpu: .venv-gpu/.ready
+	.venv-gpu/bin/python -m pytest -m gpu
+
+.venv-gpu/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu,rtx,dev]"
+	touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -21,10 +21,21 @@ from engines.runtime import PRECISIONS, BuildRequest, Built, Options, Profile, b
 from export.errors import UsageError
 from pipeline import artifact, workspace
 from pipeline.export import MODEL
-from pipeline.workspace import Workspace
+from pipeline.workspace import ENGINES, Workspace
 
-ENGINES = "engines"
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_error`: relative L2 over all images and outputs. `min_agreement`: share of images with the same top-1."""
+
+    max_error: float | None = None
+    min_agreement: float | None = None
+
+    def holds(self, error: float, agreement: float) -> bool:
+        return (self.max_error is None or error <= self.max_error) \
+            and (self.min_agreement is None or agreement >= self.min_agreement)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Request:
     images: int = 64
     preprocess: str | None = None
     keep: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
     force: bool = False
 
 
@@ -140,22 +152,35 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
     if not variant:
         return MODEL
     manifest, name = artifact.manifest_of(held), f"model.{variant}.onnx"
-    source, keep = held.folder / MODEL, request.keep
-    recipe: dict[str, Any] = {"source": manifest["files"][MODEL], "keep": list(keep)}
-    if variant.startswith("int8"):
-        recipe |= {"calibrate": _digest(request.calibrate), "method": request.method, "images": request.images,
-                   "preprocess": request.preprocess}
-    if manifest.get("variants", {}).get(name) == recipe and name in manifest["files"]:
+    integer, source = variant.startswith("int8"), held.folder / MODEL
+    recipe: dict[str, Any] = {"source": manifest["files"][MODEL], "keep": list(request.keep), **vars(request.limits)}
+    if integer or request.limits != Limits():
+        recipe |= {"calibrate": _digest(request.calibrate), "images": request.images, "preprocess": request.preprocess}
+    recipe |= {"method": request.method} if integer else {}
+    if manifest.get("variants", {}).get(name, {}).get("recipe") == recipe and name in manifest["files"]:
         return name
     from export import precision
 
     progress(f"{variant} model")
-    if variant.startswith("int8"):
-        images = _calibration(request, manifest)
-        held.stage(name, lambda path: precision.to_int8(source, path, variant, images, request.method, keep))
-    else:
-        held.stage(name, lambda path: precision.to_half(source, path, variant, keep))
-    held.commit({**manifest, "variants": {**manifest.get("variants", {}), name: recipe}}, (name,))
+    images = _calibration(request, manifest) if integer or request.limits != Limits() else {}
+
+    def make(path: Path, keep: tuple[str, ...]) -> None:
+        if integer:
+            precision.to_int8(source, path, variant, images, request.method, keep)
+        else:
+            precision.to_half(source, path, variant, keep)
+
+    keep = request.keep
+    if request.limits != Limits():
+        from pipeline import precision_search
+
+        scratch = held.folder / (f"trial.{name}" + workspace.NEW)
+        keep += precision_search.search(source, lambda path, more: make(path, request.keep + more), images,
+                                        request.limits, scratch, progress)
+        scratch.unlink()
+    held.stage(name, lambda path: make(path, keep))
+    described = {"recipe": recipe, "kept": list(keep)}
+    held.commit({**manifest, "variants": {**manifest.get("variants", {}), name: described}}, (name,))
     return name
 
 

@@ -100,6 +100,10 @@ def build(
         metavar="tf|caffe|torch|rgb_mean|facenet", help="Normalisation of calibration images, if not own.")] = None,
     keep: Annotated[list[str] | None, typer.Option(
         metavar="NODE", help="ONNX node that stays in float32; repeatable.")] = None,
+    max_error: Annotated[float | None, typer.Option(
+        min=0, help="Search for layers to keep in float32 until the relative L2 error is at most this.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(
+        min=0, max=1, help="The same for the share of images with the same top-1.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: one for each core.")] = 0,
     workspace_mib: Annotated[int | None, typer.Option(min=1, help="TensorRT's workspace limit.")] = None,
     optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="TensorRT's.")] = None,
@@ -120,7 +124,8 @@ def build(
     profiles = tuple(Profile(*_profile(text)) for text in profile or ("1,8,32",))
     request = stage.Request(
         model, out, tuple(runtime or ("onnxruntime",)), tuple(precision or ("fp32",)), device, profiles, options,
-        calibrate, calibration_method, calibration_images, preprocess, tuple(keep or ()), force)
+        calibrate, calibration_method, calibration_images, preprocess, tuple(keep or ()),
+        stage.Limits(max_error, min_agreement), force)
     with _progress(as_json) as progress:
         result = stage.build(request, progress)
     if as_json:

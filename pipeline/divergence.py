@@ -25,23 +25,29 @@ CONSTANT = ("Constant", "ConstantOfShape")
 
 def first_node(wish: BuildRequest, inputs: Mapping[str, np.ndarray], limit: float) -> str:
     """One line that names the node, or says that none departs alone or that it could not be searched."""
-    feeds = {name: array[:1] for name, array in inputs.items()}
-    original, model = onnx.load(wish.model.with_name(MODEL)), onnx.load(wish.model)
-    single = BuildRequest(wish.model, wish.runtime, wish.precision, wish.device, (Profile(1, 1, 1),), wish.options)
+    source = wish.model.with_name(MODEL)
     try:
-        for names in _chunks(original, model, feeds):
-            truth = _outputs(original, BuildRequest(wish.model, "onnxruntime"), names, feeds)
-            found = _outputs(model, single, names, feeds)
-            for name in (n for n in names if n in found):  # OpenVINO merges what a Dropout would part
-                norm = np.linalg.norm(truth[name]) or 1
-                error = np.linalg.norm(found[name].astype(np.float64) - truth[name]) / norm
-                if not error <= limit:
-                    node = next(n for n in original.graph.node if name in n.output)
-                    label = node.name or f"of {name}"
-                    return f"first node that departs: {label} ({node.op_type}), relative L2 error {error:.2e}"
+        for name, error in errors(source, wish, inputs):
+            if not error <= limit:
+                node = next(n for n in onnx.load(source).graph.node if name in n.output)
+                label = node.name or f"of {name}"
+                return f"first node that departs: {label} ({node.op_type}), relative L2 error {error:.2e}"
     except EngineError as error:
         return f"the first node that departs could not be searched ({error})"
     return "no single node departs by more than the limit"
+
+
+def errors(source: Path, wish: BuildRequest, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
+    """(tensor, relative L2 error) in the order of the float32 model `source`, for the first of `inputs`."""
+    feeds = {name: array[:1] for name, array in inputs.items()}
+    original, model = onnx.load(source), onnx.load(wish.model)
+    single = BuildRequest(wish.model, wish.runtime, wish.precision, wish.device, (Profile(1, 1, 1),), wish.options)
+    for names in _chunks(original, model, feeds):
+        truth = _outputs(original, BuildRequest(source, "onnxruntime"), names, feeds)
+        found = _outputs(model, single, names, feeds)
+        for name in (n for n in names if n in found):  # OpenVINO merges what a Dropout would part
+            norm = float(np.linalg.norm(truth[name].astype(np.float64))) or 1.0
+            yield name, float(np.linalg.norm(found[name].astype(np.float64) - truth[name])) / norm
 
 
 def _chunks(original: onnx.ModelProto, model: onnx.ModelProto, feeds: Feeds) -> Iterator[list[str]]:

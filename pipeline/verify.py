@@ -20,9 +20,9 @@ from engines.errors import RuntimeUnavailable, StaleEngine, VerifyFailed
 from engines.receipt import Receipt
 from engines.runtime import BuildRequest, Runtime, backend
 from export.errors import UsageError
-from pipeline import artifact, divergence, workspace
-from pipeline.build import ENGINES
+from pipeline import artifact, workspace
 from pipeline.export import REFERENCE
+from pipeline.workspace import ENGINES
 
 # relative L2 error that a precision may have; a limit of the user's takes its place
 LIMITS: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1})
@@ -146,6 +146,8 @@ def _verified(request: Request, folder: Path, one: Receipt, model: Path, cases: 
     if request.rebuilds and row.status == "passed":
         row = _rebuilt(row, wish, cases, request.rebuilds)
     if row.status == "failed" and row.comparisons:
+        from pipeline import divergence
+
         where = divergence.first_node(wish, cases[0], limit)
         row = Row(**{**vars(row), "reason": f"{row.reason}; {where}"})
     return row

@@ -24,6 +24,7 @@ from export.errors import WorkspaceError
 MANIFEST = "manifest.json"
 COMMIT = "manifest.json.commit"
 NEW = ".new"
+ENGINES = "engines"
 LOCK = ".lock"
 
 

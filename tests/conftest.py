@@ -9,6 +9,19 @@ import pytest
 from export.quiet import load_tensorflow
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test marked gpu is skipped, with the reason, where there is none."""
+    from engines.errors import RuntimeUnavailable
+    from engines.machine import gpu
+
+    try:
+        gpu("cuda:0")
+    except RuntimeUnavailable as error:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=str(error)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tensorflow() -> None:
     load_tensorflow()

@@ -240,3 +240,34 @@ def test_engine_in_another_precision_is_refused() -> None:
     build.check_precision(wish, Built({}, "x"))
     with pytest.raises(PrecisionError, match="openvino in fp16: 3 bf16, 1 fp16 compute layers in x"):
         build.check_precision(wish, Built({"bf16": 3, "fp16": 1}, "x"))
+
+
+# --- precision search --------------------------------------------------------------------------------------------
+
+def test_the_layer_that_ruins_accuracy_is_kept_in_float(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One channel of the first layer is a thousand times the others: one scale a tensor leaves nothing of those."""
+    path = convolution(tmp_path / "hard.onnx")
+    model = onnx.load(path)
+    kernel = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    kernel[0] *= 1000
+    rows = onnx.numpy_helper.to_array(model.graph.initializer[2]).copy()
+    rows[0] /= 1000
+    for i, array in ((0, kernel), (2, rows)):
+        model.graph.initializer[i].CopyFrom(onnx.numpy_helper.from_array(array, model.graph.initializer[i].name))
+    onnx.save(model, path)
+    out = ("--out", tmp_path / "a", "--precision", "int8")
+    plain = printed(capsys, "build", path, *out)[0]
+    assert plain["receipt"]["layers"] == {"int8": 2}
+    assert printed(capsys, "verify", path, "--out", tmp_path / "a", code=3)[0]["status"] == "failed"
+    found = printed(capsys, "build", path, *out, "--max-error", "0.05")[0]
+    kept = json.loads((tmp_path / "a" / "hard" / "manifest.json").read_text())["variants"]["model.int8.onnx"]["kept"]
+    assert found["status"] == "built"
+    assert 1 <= len(kept) < 4
+    assert printed(capsys, "build", path, *out, "--max-error", "0.05")[0]["status"] == "cached"
+    assert [r["status"] for r in printed(capsys, "verify", path, "--out", tmp_path / "a")] == ["passed"]
+
+
+def test_limits_that_cannot_hold(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failed(capsys, "build", model, "--out", tmp_path, "--precision", "int8", "--max-error", "0", code=3)
+    assert "the limits asked for" in line
+    assert not list(tmp_path.glob("**/*.new"))
