@@ -19,6 +19,7 @@ from export.passes.dense import unflatten_dense
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.interface import set_interface
 from export.passes.layout import reshape_unit_transposes, sink_transposes
+from export.passes.pool import pool_after_pointwise
 from export.passes.recover import drop_unit_height, resize_repeats
 
 
@@ -37,6 +38,7 @@ def clean(model: ir.Model) -> None:
     fold_constants(model)
     fold_affine(model)
     merge_pads(model)
+    pool_after_pointwise(model)
     form_batch_norms(model)
     common.RemoveUnusedNodesPass()(model)
 

@@ -1,8 +1,9 @@
 """The fewest layers to keep in float32 so that a variant stays within the user's limits.
 
 Every node is ranked by the error that it adds: that of its output less the largest of its inputs, both against the
-float32 model. The nodes at the top are then kept, as many as bisection finds necessary; each trial is a variant that is
-made, run in ONNX Runtime and measured over all images. Activations are compared a chunk of tensors at a time.
+float32 model. The nodes at the top are then kept, as many as bisection finds necessary, and those that turn out to be
+needless are let go. Each trial is a variant that is made, run in ONNX Runtime and measured over all images; activations
+are compared a chunk of tensors at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +48,22 @@ def search(source: Path, make: Make, images: Mapping[str, np.ndarray], limits: L
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if limits.holds(*trial(ranked[:middle])) else (middle, high)
-    return ranked[:high]
+    return _without_needless(ranked[:high], lambda keep: limits.holds(*trial(keep)))
+
+
+def _without_needless(kept: tuple[str, ...], enough: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
+    """`kept` without what can go, halves first, then quarters, down to single layers (Zeller's delta debugging)."""
+    size = len(kept) // 2
+    while size:
+        start = 0
+        while start < len(kept):
+            fewer = kept[:start] + kept[start + size:]
+            if fewer and enough(fewer):
+                kept = fewer
+            else:
+                start += size
+        size //= 2
+    return kept
 
 
 def outputs(model: Path, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -64,7 +80,11 @@ def outputs(model: Path, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 def rank(source: Path, variant: Path, images: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     """Node names by the error that each adds in `variant`, the largest first."""
     errors = dict(divergence.errors(source, BuildRequest(variant, "onnxruntime"), images))
-    added = {node.name: max(errors[o] for o in node.output if o in errors)
-             - max((errors[i] for i in node.input if i in errors), default=0.0)
-             for node in onnx.load(source).graph.node if node.name and any(o in errors for o in node.output)}
+    nodes = onnx.load(source).graph.node
+    computed = {o for n in nodes for o in n.output}
+    for node in reversed(nodes):  # what was merged into its reader has that one's error: a Conv before its Relu
+        behind = max((errors[o] for o in node.output if o in errors), default=0.0)
+        errors |= {i: behind for i in node.input if i in computed and i not in errors}
+    added = {node.name: max(errors.get(o, 0.0) for o in node.output)
+             - max((errors[i] for i in node.input if i in errors), default=0.0) for node in nodes if node.name}
     return tuple(sorted(added, key=lambda name: -added[name]))

@@ -9,13 +9,16 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 
-def convolution(path: Path, batch: int | str = "batch", channels: int = 16) -> Path:
-    """images (batch, 3, 8, 8) -> Conv 3x3, Relu, mean, Gemm -> scores (batch, 5)."""
+def convolution(path: Path, batch: int | str = "batch", channels: int = 16, before: int = 0) -> Path:
+    """images (batch, 3, 8, 8) -> Conv 3x3, Relu, mean, Gemm -> scores (batch, 5); `before`: more 1x1 Convs in front."""
     rng = np.random.default_rng(0)
     weights = {"k": rng.normal(0, 0.3, (channels, 3, 3, 3)), "b": rng.normal(0, 0.3, channels),
                "w": rng.normal(0, 0.3, (channels, 5)), "c": rng.normal(0, 0.3, 5)}
     axes = numpy_helper.from_array(np.array([2, 3], np.int64), "axes")
-    nodes = [helper.make_node("Conv", ["images", "k", "b"], ["conv"], "first", pads=[1, 1, 1, 1]),
+    weights |= {f"p{i}": rng.normal(0, 0.6, (3, 3, 1, 1)) for i in range(before)}
+    chain = ["images", *(f"before{i}" for i in range(before))]
+    nodes = [helper.make_node("Conv", [chain[i], f"p{i}"], [chain[i + 1]], chain[i + 1]) for i in range(before)]
+    nodes += [helper.make_node("Conv", [chain[-1], "k", "b"], ["conv"], "first", pads=[1, 1, 1, 1]),
              helper.make_node("Relu", ["conv"], ["relu"], "relu"),
              helper.make_node("ReduceMean", ["relu", "axes"], ["mean"], "mean", keepdims=0),
              helper.make_node("Gemm", ["mean", "w", "c"], ["scores"], "last")]

@@ -19,6 +19,7 @@ from export.passes.constants import fold_constants, reshape_target
 from export.passes.dense import unflatten_dense
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.layout import reshape_unit_transposes, sink_transposes
+from export.passes.pool import pool_after_pointwise
 from export.passes.recover import drop_unit_height, resize_repeats
 
 RNG = np.random.default_rng(0)
@@ -136,6 +137,30 @@ def test_scale_and_shift_of_a_sum_become_one_batch_norm() -> None:
     assert after(model, weights(2, 4, 6, 6), form_batch_norms) == {"Relu": 1, "Add": 1, "BatchNormalization": 1}
     scalar = parsed("r = Relu (x) c = Mul (r, one) d = Add (c, one) y = Identity (d)", "N,4,6,6", AFFINE)
     assert after(scalar, weights(2, 4, 6, 6), form_batch_norms) == {"Relu": 1, "Mul": 1, "Add": 1}
+
+
+# --- pools -----------------------------------------------------------------------------------------------------
+
+POINTWISE = {"n": weights(2, 3, 1, 1), "w": weights(4, 3, 1, 1), "b": weights(2), "big": weights(2, 3, 3, 3)}
+
+
+@pytest.mark.parametrize(("body", "first"), [
+    ("a = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1]> (x) c = Conv (a, n, b) y = Identity (c)", "Conv"),
+    ("a = AveragePool <kernel_shape = [2,2], strides = [2,2], count_include_pad = 1> (x) c = Conv (a, n, b) "
+     "y = Identity (c)", "Conv"),
+    # padding that is counted, a wider and a larger convolution, a stride, another reader
+    ("a = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1], count_include_pad = 1> (x) c = Conv (a, n, b) "
+     "y = Identity (c)", "AveragePool"),
+    ("a = AveragePool <kernel_shape = [3,3]> (x) c = Conv (a, w) y = Identity (c)", "AveragePool"),
+    ("a = AveragePool <kernel_shape = [3,3]> (x) c = Conv (a, big) y = Identity (c)", "AveragePool"),
+    ("a = AveragePool <kernel_shape = [2,2]> (x) c = Conv <strides = [2,2]> (a, n) y = Identity (c)", "AveragePool"),
+    ("a = AveragePool <kernel_shape = [3,3]> (x) c = Conv (a, n) m = ReduceMean (a) d = Add (c, m) y = Identity (d)",
+     "AveragePool"),
+])
+def test_average_pool_behind_a_narrowing_convolution(body: str, first: str) -> None:
+    model = parsed(body, "N,3,6,6", POINTWISE)
+    after(model, weights(2, 3, 6, 6), pool_after_pointwise)
+    assert next(iter(model.graph)).op_type == first
 
 
 # --- constants -------------------------------------------------------------------------------------------------
