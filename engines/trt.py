@@ -116,9 +116,18 @@ class TrtRuntime:
     def _make(self, arrays: Mapping[str, np.ndarray]) -> TrtPrepared:
         batch = next((len(arrays[s.name]) for s in self.inputs if s.shape and s.shape[0] is None), 1)
         index = next((i for i, p in enumerate(self.profiles) if _holds(p, batch)), 0)
-        context = self._engine.create_execution_context()
+        context = self._context()
         context.set_optimization_profile_async(index, self._stream)
         return TrtPrepared(self._cuda, context, self._stream, arrays, self.outputs, graph=not self._rtx)
+
+    def _context(self) -> Any:
+        if not self._rtx:
+            return self._engine.create_execution_context()
+        trt, config = module("tensorrt-rtx"), self._engine.create_runtime_config()
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # kernels for a shape are compiled before its first run, not beside later ones
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return self._engine.create_execution_context(config)
 
     def close(self) -> None:
         for prepared in self._prepared.values():

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +154,15 @@ def _serialized(trt: Any, builder: Any, network: Any, config: Any, progress: Cal
     config.progress_monitor = monitor
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(builder.build_serialized_network, network, config)
-        while True:
-            try:
-                plan = future.result(0.1)
-                break
-            except NotYet:
-                continue
-            except KeyboardInterrupt:
-                monitor.stopped = True
-                future.exception()
-                raise
+        try:
+            while not future.done():
+                with suppress(NotYet):
+                    future.exception(0.1)
+        except KeyboardInterrupt:
+            monitor.stopped = True
+            raise
     config.progress_monitor = None
+    plan = future.result()
     return None if plan is None else bytes(plan)
 
 
