@@ -21,6 +21,7 @@ from engines.errors import StaleEngine
 from engines.runtime import BuildRequest, Built, Identity, Options, Profile, fields
 
 FORMAT = 1
+NONE_YET = "none was built yet"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def find(folder: Path, wanted: Mapping[str, Any]) -> Receipt | str:
             return str(error)
     near = [r for r in every(folder) if r.key["runtime"] == wanted["runtime"]
             and r.key["precision"] == wanted["precision"]]
-    return _difference(near[-1].key, wanted) if near else "none was built yet"
+    return _difference(near[-1].key, wanted) if near else NONE_YET
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

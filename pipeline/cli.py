@@ -263,6 +263,8 @@ def _print_build(result: BuildResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from engines.receipt import NONE_YET
+
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table("runtime", "precision", "status", "seconds", "MB", "compute layers", "file", box=SIMPLE_HEAD)
     notes = []
@@ -275,7 +277,7 @@ def _print_build(result: BuildResult) -> None:
         layers = ", ".join(f"{count} {name}" for name, count in made.layers.items()) or "none"
         table.add_row(row.runtime, row.precision, row.status, f"{made.build_seconds:.1f}",
                       f"{made.size_bytes / 1e6:.1f}", layers, made.file)
-        if row.status == "built":
+        if row.why and row.why != NONE_YET:
             notes.append(f"built {made.file}: {row.why}")
     console.print(table)
     for line in [*notes, f"{result.folder / 'engines'}"]:
