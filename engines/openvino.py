@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from engines.errors import BuildError, RuntimeUnavailable, StaleEngine
 from engines.machine import cpu_name
-from engines.runtime import BuildRequest, Built, Feeds, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Built, Closing, Feeds, Identity, TensorSpec, check_feeds, missing
 
 try:
     import openvino
@@ -87,7 +87,7 @@ def compute_precisions(compiled: Any) -> dict[str, int]:
     return dict(counted)
 
 
-class OpenVinoRuntime:
+class OpenVinoRuntime(Closing):
     """A compiled model with one infer request."""
 
     def __init__(self, compiled: Any) -> None:
@@ -104,12 +104,6 @@ class OpenVinoRuntime:
 
     def close(self) -> None:
         self._request = self._compiled = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
 
 
 class OpenVinoPrepared:

@@ -5,19 +5,18 @@ CPU, CUDA, TensorRT and NvTensorRTRTX execution providers. One that was asked fo
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx
 
 from engines.errors import BuildError, RuntimeUnavailable
 from engines.machine import cpu_name
-from engines.runtime import BuildRequest, Built, Feeds, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Built, Closing, Feeds, Identity, TensorSpec, check_feeds, missing
 
 try:
     import onnxruntime
@@ -66,7 +65,7 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
 def load(request: BuildRequest, path: Path) -> OrtRuntime:
     options = _session_options(request)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return OrtRuntime(_session(request, path, options), request)
+    return OrtRuntime(_session(request, path, options))
 
 
 def _session_options(request: BuildRequest) -> Any:
@@ -118,13 +117,11 @@ def compute_precisions(model: onnx.ModelProto) -> dict[str, int]:
     return dict(counted)
 
 
-class OrtRuntime:
+class OrtRuntime(Closing):
     """A session that takes and gives host arrays."""
 
-    def __init__(self, session: Any, request: BuildRequest) -> None:
+    def __init__(self, session: Any) -> None:
         self._session = session
-        self._device = "cpu" if request.device == "cpu" else "cuda"
-        self.profiles = request.profiles
         self.inputs = tuple(_spec(v) for v in session.get_inputs())
         self.outputs = tuple(_spec(v) for v in session.get_outputs())
 
@@ -137,12 +134,6 @@ class OrtRuntime:
 
     def close(self) -> None:
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
 
 
 class OrtPrepared:
@@ -164,7 +155,3 @@ class OrtPrepared:
 def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, np.dtype(DTYPES[value.type]),
                       tuple(n if isinstance(n, int) else None for n in value.shape))
-
-
-def available_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

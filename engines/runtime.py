@@ -132,6 +132,19 @@ class Runtime(Protocol):
     def __exit__(self, *failure: object) -> None: ...
 
 
+class Closing:
+    """A runtime as a context manager."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+
 class Backend(Protocol):
     """What a backend module holds."""
 

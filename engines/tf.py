@@ -11,13 +11,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from engines.errors import BuildError, StaleEngine
 from engines.machine import cpu_name, gpu
-from engines.runtime import BuildRequest, Built, Feeds, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Built, Closing, Feeds, Identity, TensorSpec, check_feeds, missing
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def _operations(function: Any) -> list[Any]:
     return [op for graph in graphs for op in graph.get_operations()]
 
 
-class TfRuntime:
+class TfRuntime(Closing):
     """A concrete function on the CPU or one GPU."""
 
     def __init__(self, request: BuildRequest, signature: Any) -> None:
@@ -134,12 +134,6 @@ class TfRuntime:
 
     def close(self) -> None:
         self._signature = self._call = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
 
 
 class TfPrepared:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from engines.errors import EngineError, RuntimeUnavailable, StaleEngine
 from engines.machine import gpu
-from engines.runtime import BuildRequest, Feeds, Identity, Profile, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Closing, Feeds, Identity, Profile, TensorSpec, check_feeds, missing
 from engines.trt_build import build, module
 
 __all__ = ["SUFFIX", "build", "identity", "load", "variant"]
@@ -62,7 +62,7 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class TrtRuntime:
+class TrtRuntime(Closing):
     """A deserialized engine with one execution context for each optimization profile."""
 
     def __init__(self, request: BuildRequest, path: Path) -> None:
@@ -136,12 +136,6 @@ class TrtRuntime:
         if self._stream is not None:
             _checked(self._cuda.cudaStreamDestroy(self._stream))
         self._stream = self._engine = self._runtime = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
 
 
 def _holds(profile: Profile, batch: int) -> bool:
