@@ -20,7 +20,7 @@ from engines.receipt import Receipt
 from engines.runtime import PRECISIONS, BuildRequest, Built, Options, Profile, backend
 from export.errors import UsageError
 from pipeline import artifact, workspace
-from pipeline.export import MODEL
+from pipeline.export import MODEL, SAVED_MODEL
 from pipeline.workspace import ENGINES, Workspace
 
 Progress = Callable[[str], None]
@@ -104,7 +104,8 @@ def _engine(request: Request, held: Workspace, runtime: str, precision: str, pro
     model = held.folder / _variant(request, held, variant, progress)
     manifest = artifact.manifest_of(held)
     wish = BuildRequest(model, runtime, precision, request.device, _profiles(request, manifest), request.options)
-    wanted = receipt.key(wish, module.identity(wish), manifest["files"][model.name])
+    source = SAVED_MODEL if runtime.startswith("tensorflow") else model.name
+    wanted = receipt.key(wish, module.identity(wish), manifest["files"].get(source, ""))
     folder = held.folder / ENGINES
     folder.mkdir(exist_ok=True)
     found = receipt.find(folder, wanted)

@@ -21,7 +21,7 @@ from engines.receipt import Receipt
 from engines.runtime import BuildRequest, Runtime, backend
 from export.errors import UsageError
 from pipeline import artifact, workspace
-from pipeline.export import REFERENCE
+from pipeline.export import MODEL, REFERENCE, SAVED_MODEL
 from pipeline.workspace import ENGINES
 
 # relative L2 error that a precision may have; a limit of the user's takes its place
@@ -95,8 +95,8 @@ def verify(request: Request, progress: Progress = lambda step: None) -> Result:
     """Verifies the engines of MODEL. Raises UsageError where there are none."""
     with workspace.opened(artifact.folder_of(request.model, request.out, progress)) as held:
         manifest, folder = artifact.manifest_of(held), held.folder / ENGINES
-        current = {name: digest for name, digest in manifest["files"].items() if name.endswith(".onnx")}
-        models = {digest: held.folder / name for name, digest in current.items()}
+        models = {digest: held.folder / (MODEL if name == SAVED_MODEL else name)
+                  for name, digest in manifest["files"].items()}
         found = [r for r in receipts.every(folder) if r.key["model_sha256"] in models
                  and (not request.runtimes or r.key["runtime"] in request.runtimes)
                  and (not request.precisions or r.key["precision"] in request.precisions)]

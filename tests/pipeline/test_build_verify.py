@@ -273,3 +273,26 @@ def test_int8_that_only_float_satisfies_is_not_called_int8(model: Path, tmp_path
     assert run("build", model, "--out", tmp_path, "--precision", "int8", "--max-error", "0") == 1
     assert "2 fp32 compute layers in ONNX Runtime's optimized graph" in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.new"))
+
+
+# --- the TensorFlow baseline -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("interface", [(), ("--preprocess", "caffe", "--layout", "nchw", "--outputs", "logits,block2")])
+def test_saved_model_computes_what_the_onnx_model_does(interface: tuple[str, ...], tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    export = ("export", "resnet_v2_18", "--size", "33x33", "--out", tmp_path, *interface)
+    baseline = ("build", "resnet_v2_18", "--out", tmp_path, "--runtime", "tensorflow", "--runtime", "tensorflow-xla")
+    assert run(*export) == 0
+    capsys.readouterr()
+    assert "export it with --saved-model" in failed(capsys, *baseline[:-2])
+    assert run(*export, "--saved-model") == 0
+    capsys.readouterr()
+    assert {r["status"] for r in printed(capsys, *baseline)} == {"built"}
+    assert {r["status"] for r in printed(capsys, "verify", "resnet_v2_18", "--out", tmp_path)} == {"passed"}
+    variables = next((tmp_path / "resnet_v2_18" / "saved_model" / "variables").glob("*.data*"))
+    variables.write_bytes(variables.read_bytes()[::-1])
+    assert "an intact artifact; export it again" in failed(capsys, "verify", "resnet_v2_18", "--out", tmp_path)
+    assert run(*export, "--saved-model") == 0  # TensorFlow writes other bytes each time
+    capsys.readouterr()
+    assert {r["status"] for r in printed(capsys, *baseline)} == {"built"}
+    assert {r["status"] for r in printed(capsys, "verify", "resnet_v2_18", "--out", tmp_path)} == {"passed"}
