@@ -11,7 +11,7 @@ from engines.errors import RuntimeUnavailable
 
 @cache
 def cpu_name() -> str:
-    """`AMD EPYC 9B14, 24 flags ...` would be too much: the model name, and the vector extensions that engines use."""
+    """The model name, and the vector extensions that engines are built for."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()

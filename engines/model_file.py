@@ -22,7 +22,6 @@ class ModelFile:
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    metadata: tuple[tuple[str, str], ...]
 
     @property
     def batch(self) -> int | None:
@@ -53,8 +52,7 @@ def read(path: Path) -> ModelFile:
     weights = {tensor.name for tensor in model.graph.initializer}
     return ModelFile(path, digest.hexdigest(),
                      tuple(_spec(v, subject) for v in model.graph.input if v.name not in weights),
-                     tuple(_spec(v, subject) for v in model.graph.output),
-                     tuple((p.key, p.value) for p in model.metadata_props))
+                     tuple(_spec(v, subject) for v in model.graph.output))
 
 
 def _external_files(model: onnx.ModelProto, path: Path) -> set[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.errors import BuildError, RuntimeUnavailable, StaleEngine
 from engines.machine import cpu_name
-from engines.runtime import BuildRequest, Built, Closing, Feeds, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Built, Closing, Feeds, HostBuffers, Identity, TensorSpec, check_feeds, missing
 
 try:
     import openvino
@@ -106,12 +106,11 @@ class OpenVinoRuntime(Closing):
         self._request = self._compiled = None
 
 
-class OpenVinoPrepared:
+class OpenVinoPrepared(HostBuffers):
     """The request reads and writes host memory of ours."""
 
     def __init__(self, compiled: Any, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-        self.inputs = {name: array.copy() for name, array in inputs.items()}
-        self.outputs = {name: np.empty_like(array) for name, array in outputs.items()}
+        super().__init__(inputs, outputs)
         self._request = compiled.create_infer_request()
         for name, array in self.inputs.items():
             self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))

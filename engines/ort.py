@@ -1,6 +1,6 @@
 """ONNX Runtime: the engine is the model as ONNX Runtime optimized it for this machine, so loading it optimizes nothing.
 
-CPU, CUDA, TensorRT and NvTensorRTRTX execution providers. One that was asked for and is not what runs is an error.
+CPU and CUDA execution providers. One that was asked for and is not what runs is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 
 from engines.errors import BuildError, RuntimeUnavailable
 from engines.machine import cpu_name
-from engines.runtime import BuildRequest, Built, Closing, Feeds, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Built, Closing, Feeds, HostBuffers, Identity, TensorSpec, check_feeds, missing
 
 try:
     import onnxruntime
@@ -136,12 +136,11 @@ class OrtRuntime(Closing):
         self._session = None
 
 
-class OrtPrepared:
+class OrtPrepared(HostBuffers):
     """I/O binding: the session reads and writes the same host memory in every call."""
 
     def __init__(self, session: Any, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-        self.inputs = {name: array.copy() for name, array in inputs.items()}
-        self.outputs = {name: np.empty_like(array) for name, array in outputs.items()}
+        super().__init__(inputs, outputs)
         self._session, self._binding = session, session.io_binding()
         for name, array in self.inputs.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engines.digest import sha256
 from engines.errors import StaleEngine
 from engines.runtime import BuildRequest, Built, Identity, Options, Profile, fields
 
@@ -59,9 +60,7 @@ def engine_id(wanted: Mapping[str, Any]) -> str:
 
 def make(wanted: Mapping[str, Any], engine: Path, name: str, built: Built, seconds: float) -> Receipt:
     """The receipt of the engine that was just written to `engine`, and will be called `name`."""
-    with engine.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Receipt(wanted, name, digest, engine.stat().st_size, round(seconds, 3),
+    return Receipt(wanted, name, sha256(engine), engine.stat().st_size, round(seconds, 3),
                    datetime.now(UTC).isoformat(timespec="seconds"), dict(built.layers), built.source, built.tf32,
                    dict(built.details))
 
@@ -126,8 +125,7 @@ def check(folder: Path, receipt: Receipt) -> Path:
     path = folder / receipt.file
     if not path.is_file():
         raise StaleEngine(f"engine {receipt.file}", "the file is gone", "the file beside its receipt", "build it again")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     if found != receipt.sha256:
         raise StaleEngine(f"engine {receipt.file}", f"sha256 {found[:12]}...",
                           f"{receipt.sha256[:12]}... of its receipt", "it was changed since: build it again")

@@ -145,6 +145,14 @@ class Closing:
         self.close()
 
 
+class HostBuffers:
+    """The arrays of a prepared run in host memory of ours: `inputs` filled, `outputs` of the shapes given."""
+
+    def __init__(self, inputs: Feeds, outputs: Feeds) -> None:
+        self.inputs = {name: array.copy() for name, array in inputs.items()}
+        self.outputs = {name: np.empty_like(array) for name, array in outputs.items()}
+
+
 class Backend(Protocol):
     """What a backend module holds."""
 

@@ -6,7 +6,6 @@ There is nothing to build, so the engine file only names the SavedModel's bytes;
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from engines.digest import sha256
 from engines.errors import BuildError, StaleEngine
 from engines.machine import cpu_name, gpu
-from engines.runtime import BuildRequest, Built, Closing, Feeds, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import BuildRequest, Built, Closing, Feeds, HostBuffers, Identity, TensorSpec, check_feeds, missing
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
     if not folder.is_dir():
         raise BuildError(f"{request.runtime} of {request.model.parent.name}", "no SavedModel in its artifact",
                          "one from the export", "export it with --saved-model")
-    target.write_text(json.dumps({SAVED_MODEL: _digest(folder)}), "utf-8")
+    target.write_text(json.dumps({SAVED_MODEL: sha256(folder)}), "utf-8")
     function = _function(request)
     types = [op.outputs[0].dtype for op in _operations(function) if op.type in COMPUTE]
     tf32 = request.precision == "tf32"
@@ -76,15 +76,9 @@ def load(request: BuildRequest, path: Path) -> TfRuntime:
     except (ValueError, KeyError, TypeError) as error:
         raise StaleEngine(f"engine {path.name}", "not readable", "", "build it again") from error
     folder = request.model.with_name(SAVED_MODEL)
-    if not folder.is_dir() or _digest(folder) != known:
+    if not folder.is_dir() or sha256(folder) != known:
         raise StaleEngine(f"engine {path.name}", "the SavedModel is another one, or gone", "", "build it again")
     return TfRuntime(request, _function(request))
-
-
-def _digest(folder: Path) -> str:
-    files = (f for f in sorted(folder.rglob("*")) if f.is_file())
-    return hashlib.sha256("\n".join(f"{f.relative_to(folder).as_posix()} {hashlib.sha256(f.read_bytes()).hexdigest()}"
-                                    for f in files).encode()).hexdigest()
 
 
 def _function(request: BuildRequest) -> Any:
@@ -136,13 +130,12 @@ class TfRuntime(Closing):
         self._signature = self._call = None
 
 
-class TfPrepared:
+class TfPrepared(HostBuffers):
     """TensorFlow takes tensors of its own: the copies in and out are part of a run, as in any use of it."""
 
     def __init__(self, runtime: TfRuntime, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
         self._runtime = runtime
-        self.inputs = {name: array.copy() for name, array in inputs.items()}
-        self.outputs = {name: np.empty_like(array) for name, array in outputs.items()}
+        super().__init__(inputs, outputs)
 
     def __call__(self) -> None:
         for name, value in self._runtime._run(self._runtime._tensors(self.inputs)).items():

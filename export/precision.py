@@ -26,11 +26,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from export.errors import ModelError, UsageError
 from export.passes.values import attributes, constant, make_constant, make_node, replace
 
-METHODS = ("minmax", "entropy", "percentile")
+METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}  # as ONNX Runtime calls them
 FORMS = ("int8", "int8-symmetric")
 # 256 levels between 0 and 1 leave nothing of the probabilities of 1000 classes, or of a sum of squares
 IN_FLOAT = ("Softmax", "LogSoftmax", "LRN")
-VARIANTS = ("fp16", "bf16", *FORMS)
 
 
 def to_half(model: Path, target: Path, precision: str, keep: Iterable[str] = ()) -> None:
@@ -45,8 +44,7 @@ def to_half(model: Path, target: Path, precision: str, keep: Iterable[str] = ())
     if precision == "bf16":
         _as_bfloat16(half, {w.name: w for w in original.graph.initializer})
     del half.graph.value_info[:]
-    half.graph.CopyFrom(_sorted(half).graph)
-    _write(half, target)
+    _write(_sorted(half), target)
 
 
 def _as_bfloat16(half: onnx.ModelProto, originals: Mapping[str, onnx.TensorProto]) -> None:
@@ -89,9 +87,7 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
     """
     from onnxruntime import quantization as q
 
-    methods = {"minmax": q.CalibrationMethod.MinMax, "entropy": q.CalibrationMethod.Entropy,
-               "percentile": q.CalibrationMethod.Percentile}
-    if method not in methods:
+    if method not in METHODS:
         raise UsageError(f"calibration method {method!r}", "unknown", f"one of {', '.join(METHODS)}")
     check_calibration(images)
     symmetric = form == "int8-symmetric"
@@ -105,7 +101,7 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
                  "QuantizeBias": not symmetric}  # TensorRT takes a bias in float only
         q.quantize_static(str(prepared), str(target), _Reader(images, chunk), quant_format=q.QuantFormat.QDQ,
                           per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
-                          weight_type=q.QuantType.QInt8, calibrate_method=methods[method],
+                          weight_type=q.QuantType.QInt8, calibrate_method=q.CalibrationMethod[METHODS[method]],
                           nodes_to_exclude=in_float, extra_options=extra)
 
 

@@ -6,7 +6,6 @@ reference outputs are ONNX Runtime's in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ from engines.model_file import ModelFile
 from export.errors import UsageError
 from pipeline import export as export_stage
 from pipeline import workspace
-from pipeline.export import MODEL, REFERENCE, ExportRequest
+from pipeline.export import MODEL, REFERENCE, ExportRequest, Progress
 from pipeline.workspace import Workspace
-
-Progress = Callable[[str], None]
-BATCHES = (1, 3)
 
 
 def folder_of(model: str, out: Path, progress: Progress) -> Path:
@@ -86,16 +82,15 @@ def _copy(source: ModelFile, target: Path) -> None:
 def _reference(source: ModelFile) -> dict[str, np.ndarray]:
     from engines import ort
     from engines.runtime import BuildRequest
-    from export.checks import seeded
+    from export.checks import BATCHES, seeded
 
-    arrays: dict[str, np.ndarray] = {}
+    cases = []
     with ort.load(BuildRequest(source.path, "onnxruntime"), source.path) as engine:
         for batch in BATCHES if source.batch is None else (source.batch,):
             feeds = {s.name: seeded(tuple(batch if n is None else n for n in s.shape), s.dtype, 0)
                      for s in source.inputs}
-            arrays |= {f"batch_{batch}/input/{name}": array for name, array in feeds.items()}
-            arrays |= {f"batch_{batch}/output/{name}": array for name, array in engine.run(feeds).items()}
-    return arrays
+            cases.append((feeds, engine.run(feeds)))
+    return export_stage.reference_arrays(cases)
 
 
 def _specs(specs: tuple[Any, ...]) -> list[dict[str, Any]]:

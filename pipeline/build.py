@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from engines import receipt
+from engines.digest import sha256
 from engines.errors import BuildError, PrecisionError, RuntimeUnavailable
 from engines.receipt import Receipt
 from engines.runtime import PRECISIONS, BuildRequest, Built, Options, Profile, backend
 from export.errors import UsageError
 from pipeline import artifact, workspace
-from pipeline.export import MODEL, SAVED_MODEL
+from pipeline.export import MODEL, SAVED_MODEL, Progress
 from pipeline.workspace import ENGINES, Workspace
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -165,22 +164,25 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
     progress(f"{variant} model")
     images = _calibration(request, manifest) if integer or request.limits != Limits() else {}
 
-    def make(path: Path, keep: tuple[str, ...]) -> None:
+    def make(path: Path, more: tuple[str, ...]) -> None:
+        keep = request.keep + more
         if integer:
             precision.to_int8(source, path, variant, images, request.method, keep)
         else:
             precision.to_half(source, path, variant, keep)
 
-    keep = request.keep
-    if request.limits != Limits():
-        from pipeline import precision_search
+    kept = list(request.keep)
 
-        scratch = held.folder / (f"trial.{name}" + workspace.NEW)
-        keep += precision_search.search(source, lambda path, more: make(path, request.keep + more), images,
-                                        request.limits, scratch, progress)
-        scratch.unlink()
-    held.stage(name, lambda path: make(path, keep))
-    described = {"recipe": recipe, "kept": list(keep)}
+    def write(path: Path) -> None:
+        if request.limits == Limits():
+            make(path, ())
+        else:
+            from pipeline import precision_search
+
+            kept.extend(precision_search.search(source, make, images, request.limits, path, progress))
+
+    held.stage(name, write)
+    described = {"recipe": recipe, "kept": kept}
     held.commit({**manifest, "variants": {**manifest.get("variants", {}), name: described}}, (name,))
     return name
 
@@ -189,7 +191,7 @@ def _digest(calibrate: str) -> str:
     """What calibration data is known by: names, sizes and dates of the files of a folder, or a file's bytes."""
     path = Path(calibrate)
     if path.is_file():
-        return workspace.sha256(path)
+        return sha256(path)
     if path.is_dir():
         entries = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +19,18 @@ from engines.errors import EngineError
 from export.errors import EnginesmithError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.build import Result as BuildResult
     from pipeline.export import ExportResult
     from pipeline.verify import Result as VerifyResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Keras networks to verified ONNX models and the fastest engines that run them.")
+
+
+Out = Annotated[Path, typer.Option(help="Folder of the artifacts.")]
+RowsAsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")]
 
 
 @app.callback()
@@ -37,7 +43,7 @@ def export(
     model: Annotated[str, typer.Argument(
         metavar="MODEL",
         help="A network of the catalog, a .keras or .h5 file, a SavedModel folder, or package.module:function.")],
-    out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
+    out: Out = Path("artifacts"),
     name: Annotated[str | None, typer.Option(help="Name of the artifact folder instead of the model's.")] = None,
     weights: Annotated[str | None, typer.Option(
         metavar="random|imagenet|PATH",
@@ -86,7 +92,7 @@ Artifact = Annotated[str, typer.Argument(
 @app.command()
 def build(
     model: Artifact,
-    out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
+    out: Out = Path("artifacts"),
     runtime: RuntimeNames = None,
     precision: PrecisionNames = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda:N", help="Where the engines run.")] = "cpu",
@@ -113,7 +119,7 @@ def build(
     hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible")] = False,
     strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan that is refitted on load.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build again, even if the engine is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
+    as_json: RowsAsJson = False,
 ) -> None:
     """Build engines from MODEL, each with a receipt of what it really runs."""
     from engines.runtime import Options, Profile
@@ -137,13 +143,13 @@ def build(
 @app.command()
 def verify(
     model: Artifact,
-    out: Annotated[Path, typer.Option(help="Folder of the artifacts.")] = Path("artifacts"),
+    out: Out = Path("artifacts"),
     runtime: RuntimeNames = None,
     precision: PrecisionNames = None,
     max_error: Annotated[list[str] | None, typer.Option(
         metavar="PRECISION=X", help="Limit of the relative L2 error of a precision; repeatable.")] = None,
     rebuilds: Annotated[int, typer.Option(min=0, help="Build each engine again N times; all must agree.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, and nothing else.")] = False,
+    as_json: RowsAsJson = False,
 ) -> None:
     """Check every engine of MODEL against the reference outputs of its export."""
     from pipeline import verify as stage
@@ -229,14 +235,26 @@ def _progress(silent: bool) -> Iterator[Callable[[str], None]]:
             yield lambda step: shown.update(task, description=step)
 
 
+def _console() -> Console:
+    """The terminal's width, or one that every table fits into."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Each whole, however wide: paths and reasons are copied from here."""
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
 def _print_export(result: ExportResult) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from export.checks import text
 
-    console, manifest = Console(width=None if sys.stdout.isatty() else 120), result.manifest
+    console, manifest = _console(), result.manifest
     shapes = Table("end point", "declared", "Keras", "ONNX", box=SIMPLE_HEAD,
                    title=f"Shapes of the end points of {manifest['network']} (N: batch)")
     for row in result.end_points:
@@ -254,18 +272,16 @@ def _print_export(result: ExportResult) -> None:
     lines = [f"{cost['parameters'] / 1e6:.2f} million parameters, {cost['gflops']:.2f} GFLOPs an image, "
              f"{path.stat().st_size / 1e6:.1f} MB",
              f"identical export found (--force exports again); it took {took}" if result.reused else took, f"{path}"]
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+    _print_lines(console, lines)
 
 
 def _print_build(result: BuildResult) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from engines.receipt import NONE_YET
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     table = Table("runtime", "precision", "status", "seconds", "MB", "compute layers", "file", box=SIMPLE_HEAD)
     notes = []
     for row in result.rows:
@@ -280,16 +296,14 @@ def _print_build(result: BuildResult) -> None:
         if row.why and row.why != NONE_YET:
             notes.append(f"built {made.file}: {row.why}")
     console.print(table)
-    for line in [*notes, f"{result.folder / 'engines'}"]:
-        console.print(line, soft_wrap=True, highlight=False)
+    _print_lines(console, [*notes, f"{result.folder / 'engines'}"])
 
 
 def _print_verify(result: VerifyResult) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     table = Table("runtime", "precision", "status", "batch", "relative L2", "limit", "cosine", "top-1", "top-5",
                   "same rows", "padded", box=SIMPLE_HEAD)
     notes = []
@@ -306,8 +320,7 @@ def _print_verify(result: VerifyResult) -> None:
         if row.rebuilds is not None:
             notes.append(f"rebuilt: {row.runtime} {row.precision}: outputs differ by {row.rebuilds:.1e}")
     console.print(table)
-    for line in notes:
-        console.print(line, soft_wrap=True, highlight=False)
+    _print_lines(console, notes)
 
 
 # --- entry points ----------------------------------------------------------------------------------------------

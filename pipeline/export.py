@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from engines.digest import sha256
 from export import catalog
 from export.catalog import NetworkConfig
 from export.errors import CheckFailed, UsageError, listed
@@ -167,7 +168,7 @@ def _digest(path: str) -> str:
     """sha256 over every file of a checkpoint, a Keras file or a SavedModel folder; empty where there is none."""
     root = Path(path.removesuffix(".index"))
     files = sorted(root.rglob("*")) if root.is_dir() else [root, *sorted(root.parent.glob(f"{root.name}.*"))]
-    digests = [f"{file.name} {workspace.sha256(file)}" for file in files if file.is_file()]
+    digests = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else ""
 
 
@@ -218,7 +219,7 @@ def _export(request: ExportRequest, source: Source, folder: Workspace, progress:
         cases = _cases(request, model, onnx_model, outputs, normalisation)
         comparisons = checks.compare(str(staged), cases)
         _accept(folder, comparisons)
-        reference = _reference(cases)
+        reference = reference_arrays(cases)
 
     if request.saved_model:
         clock.start("SavedModel")
@@ -324,7 +325,7 @@ def _accept(folder: Workspace, comparisons: list[Comparison]) -> None:
         raise
 
 
-def _reference(cases: list[Case]) -> dict[str, np.ndarray]:
+def reference_arrays(cases: list[Case]) -> dict[str, np.ndarray]:
     """`batch_<n>/input/<name>` and `batch_<n>/output/<name>`."""
     return {f"batch_{len(next(iter(inputs.values())))}/{kind}/{name}": array
             for inputs, outputs in cases for kind, arrays in (("input", inputs), ("output", outputs))

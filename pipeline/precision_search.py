@@ -24,14 +24,18 @@ Make = Callable[[Path, tuple[str, ...]], None]
 IMAGES_AT_ONCE = 8
 
 
-def search(source: Path, make: Make, images: Mapping[str, np.ndarray], limits: Limits, scratch: Path,
+def search(source: Path, make: Make, images: Mapping[str, np.ndarray], limits: Limits, target: Path,
            progress: Callable[[str], None]) -> tuple[str, ...]:
-    """Names of the nodes to keep, none if the whole variant is within `limits`. Raises CheckFailed if no choice is."""
-    truth = outputs(source, images)
+    """Names of the nodes to keep, none if the whole variant is within `limits`; that variant is left at `target`.
+
+    Raises CheckFailed if no choice is within them.
+    """
+    truth, made = outputs(source, images), list[tuple[str, ...]]()
 
     def trial(keep: tuple[str, ...]) -> tuple[float, float]:
-        make(scratch, keep)
-        found = outputs(scratch, images)
+        make(target, keep)
+        made.append(keep)
+        found = outputs(target, images)
         rows = [verify.compare(name, len(truth[name]), found[name], truth[name]) for name in truth]
         error, agreement = max(r.relative_l2 for r in rows), min(r.top1 for r in rows)
         progress(f"{len(keep)} layers kept: relative L2 {error:.2e}, top-1 agreement {agreement:.1%}")
@@ -40,7 +44,7 @@ def search(source: Path, make: Make, images: Mapping[str, np.ndarray], limits: L
     first = trial(())
     if limits.holds(*first):
         return ()
-    ranked = rank(source, scratch, images)
+    ranked = rank(source, target, images)
     low, high = 0, len(ranked)  # `low` kept layers are too few; `high` are enough, once they were tried
     if not limits.holds(*trial(ranked)):
         raise CheckFailed("precision search", f"relative L2 {first[0]:.2e}, top-1 agreement {first[1]:.1%}",
@@ -48,7 +52,10 @@ def search(source: Path, make: Make, images: Mapping[str, np.ndarray], limits: L
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if limits.holds(*trial(ranked[:middle])) else (middle, high)
-    return _without_needless(ranked[:high], lambda keep: limits.holds(*trial(keep)))
+    kept = _without_needless(ranked[:high], lambda keep: limits.holds(*trial(keep)))
+    if made[-1] != kept:
+        make(target, kept)
+    return kept
 
 
 def _without_needless(kept: tuple[str, ...], enough: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:

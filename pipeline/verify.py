@@ -8,8 +8,8 @@ against themselves. An engine that fails is searched for the first node that dep
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,13 +21,12 @@ from engines.receipt import Receipt
 from engines.runtime import BuildRequest, Runtime, backend
 from export.errors import UsageError
 from pipeline import artifact, workspace
-from pipeline.export import MODEL, REFERENCE, SAVED_MODEL
+from pipeline.export import MODEL, REFERENCE, SAVED_MODEL, Progress
 from pipeline.workspace import ENGINES
 
 # relative L2 error that a precision may have; a limit of the user's takes its place
 LIMITS: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1})
 SELF = 0.1  # rows of a batch may differ among themselves by this share of the limit: kernels differ with the batch
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,9 @@ def _verified(request: Request, folder: Path, one: Receipt, model: Path, cases: 
         receipts.check_machine(one, module.identity(wish))
         engine = module.load(wish, path)
     except RuntimeUnavailable as error:
-        return Row(wish.runtime, precision, one.file, "not run", str(error), limit)
+        return replace(row, status="not run", reason=str(error))
     except StaleEngine as error:
-        return Row(wish.runtime, precision, one.file, "failed", str(error), limit)
+        return replace(row, status="failed", reason=str(error))
     with engine:
         row = _measured(row, wish, engine, cases)
     if request.rebuilds and row.status == "passed":
@@ -149,7 +148,7 @@ def _verified(request: Request, folder: Path, one: Receipt, model: Path, cases: 
         from pipeline import divergence
 
         where = divergence.first_node(wish, cases[0], limit)
-        row = Row(**{**vars(row), "reason": f"{row.reason}; {where}"})
+        row = replace(row, reason=f"{row.reason}; {where}")
     return row
 
 
@@ -167,8 +166,8 @@ def _measured(row: Row, wish: BuildRequest, engine: Runtime, cases: Case) -> Row
     for what, value in (("identical rows of a batch", identical), ("rows of a padded batch", padding)):
         if value is not None and not value <= row.limit * SELF:
             reasons.append(f"{what} differ by {value:.2e}, limit {row.limit * SELF:.0e}")
-    return Row(row.runtime, row.precision, row.file, "failed" if reasons else "passed", "; ".join(reasons), row.limit,
-               tuple(compared), identical, padding)
+    return replace(row, status="failed" if reasons else "passed", reason="; ".join(reasons),
+                   comparisons=tuple(compared), identical_rows=identical, padding=padding)
 
 
 def _cycled(arrays: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
@@ -226,7 +225,7 @@ def _rebuilt(row: Row, wish: BuildRequest, cases: Case, times: int) -> Row:
     worst = max(difference(other[name], outputs[0][name]) for other in outputs[1:] for name in other)
     failed = not worst <= row.limit * SELF
     reason = f"rebuilt engines differ by {worst:.2e}, limit {row.limit * SELF:.0e}" if failed else ""
-    return Row(**{**vars(row), "status": "failed" if failed else "passed", "reason": reason, "rebuilds": worst})
+    return replace(row, status="failed" if failed else "passed", reason=reason, rebuilds=worst)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from engines.digest import sha256
 from export.errors import WorkspaceError
 
 MANIFEST = "manifest.json"
@@ -26,15 +26,6 @@ COMMIT = "manifest.json.commit"
 NEW = ".new"
 ENGINES = "engines"
 LOCK = ".lock"
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, or of the names and bytes of all files below a folder."""
-    if path.is_dir():
-        files = (f"{f.relative_to(path).as_posix()} {sha256(f)}" for f in sorted(path.rglob("*")) if f.is_file())
-        return hashlib.sha256("\n".join(files).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
