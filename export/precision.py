@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export.errors import ModelError, UsageError
-from export.passes.values import attributes, constant, make_constant, make_node, replace
+from export.passes import quantizable
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}  # as ONNX Runtime calls them
 FORMS = ("int8", "int8-symmetric")
@@ -90,10 +89,10 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
     if method not in METHODS:
         raise UsageError(f"calibration method {method!r}", "unknown", f"one of {', '.join(METHODS)}")
     check_calibration(images)
-    symmetric = form == "int8-symmetric"
+    keep, symmetric = tuple(keep), form == "int8-symmetric"
     with TemporaryDirectory(dir=target.parent) as folder, _quiet():
         prepared = Path(folder) / "float.onnx"
-        ready = _with_depthwise(_folded(model, prepared))
+        ready = _quantizable(_folded(model, prepared), symmetric, frozenset(keep))
         _write(ready, prepared)
         in_float = [*keep, *(n.name for n in ready.graph.node if n.op_type in IN_FLOAT)]
         extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True,
@@ -103,6 +102,7 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
                           per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
                           weight_type=q.QuantType.QInt8, calibrate_method=q.CalibrationMethod[METHODS[method]],
                           nodes_to_exclude=in_float, extra_options=extra)
+    _write(_with_shared_scales(onnx.load(target)), target)
 
 
 @contextlib.contextmanager
@@ -164,30 +164,19 @@ def _folded(path: Path, scratch: Path) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def _with_depthwise(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """BatchNormalization(x) = x s + t as a depthwise 1x1 convolution, which quantizes as one operation."""
+def _quantizable(proto: onnx.ModelProto, symmetric: bool, keep: frozenset[str]) -> onnx.ModelProto:
     model = ir.from_proto(proto)
     for i, node in enumerate(model.graph):
-        if node.op_type == "BatchNormalization":
-            _depthwise(model.graph, node)
-        elif not node.name:  # the quantizer knows nodes by name
-            node.name = f"{node.op_type}_{i}"
+        node.name = node.name or f"{node.op_type}_{i}"  # the quantizer knows nodes by name
+    quantizable.depthwise_norms(model)
+    if not symmetric:  # TensorRT has an integer average pool
+        quantizable.depthwise_pools(model, keep)
     RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
 
 
-def _depthwise(graph: ir.Graph, node: ir.Node) -> None:
-    arrays: list[Any] = [constant(v) for v in node.inputs[1:]]
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    if any(a is None for a in arrays) or shape is None:
-        return
-    scale, bias, mean, variance = arrays
-    factor = scale / np.sqrt(variance + attributes(node)["epsilon"].as_float())
-    window = [1] * (len(shape) - 2)
-    kernel = make_constant(graph, factor.reshape(-1, 1, *window).astype(scale.dtype), f"{node.name}/kernel")
-    shift = make_constant(graph, (bias - mean * factor).astype(scale.dtype), f"{node.name}/shift")
-    old = node.outputs[0]
-    out = make_node(node, "Conv", [node.inputs[0], kernel, shift], {"group": len(factor), "kernel_shape": window},
-                    old.shape, old.dtype)
-    out.name = old.name
-    replace(node, out)
+def _with_shared_scales(proto: onnx.ModelProto) -> onnx.ModelProto:
+    model = ir.from_proto(proto)
+    quantizable.share_scales(model)
+    RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)

@@ -20,6 +20,7 @@ from export.passes.dense import unflatten_dense
 from export.passes.fold import fold_affine, form_batch_norms, merge_pads
 from export.passes.layout import reshape_unit_transposes, sink_transposes
 from export.passes.pool import pool_after_pointwise
+from export.passes.quantizable import depthwise_norms, depthwise_pools, share_scales
 from export.passes.recover import drop_unit_height, resize_repeats
 
 RNG = np.random.default_rng(0)
@@ -314,3 +315,41 @@ def test_flatten_permutes_the_rows_of_the_dense_layers_that_read_it() -> None:
     kept, gone = (after(parsed(one, "N,4,3,3", constants), weights(2, 4, 3, 3), sink_transposes) for one in body)
     assert kept["Transpose"] >= 1
     assert gone.get("Transpose", 0) == 1  # the graph's own input counts as channels last
+
+
+# --- forms that quantize well --------------------------------------------------------------------------------------
+
+def test_batch_norm_as_depthwise_convolution() -> None:
+    constants = {"s": weights(4), "b": weights(4), "m": weights(4), "v": np.abs(weights(4)) + 0.1}
+    model = parsed("z = BatchNormalization <epsilon = 0.001> (x, s, b, m, v) y = Identity (z)", "2,4,5,5", constants)
+    assert after(model, weights(2, 4, 5, 5), depthwise_norms) == {"Conv": 1}
+
+
+@pytest.mark.parametrize(("attributes", "shape", "left"), [
+    ("kernel_shape = [3, 3], pads = [1, 1, 1, 1]", "N,4,7,9", {"Conv": 1, "Mul": 1}),
+    ("kernel_shape = [3, 3], pads = [0, 1, 1, 0], strides = [2, 2]", "N,4,8,8", {"Conv": 1, "Mul": 1}),
+    ("kernel_shape = [2, 2], strides = [2, 2]", "N,4,8,8", {"Conv": 1}),
+    ("kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1", "N,4,7,9", {"Conv": 1}),
+    ("kernel_shape = [7, 7]", "N,4,7,7", {"AveragePool": 1}),
+    ("kernel_shape = [3, 3], pads = [1, 1, 1, 1]", "N,4,H,9", {"AveragePool": 1}),
+    ("kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1", "N,4,7,9", {"AveragePool": 1}),
+    ("kernel_shape = [3], pads = [1, 1]", "N,4,7", {"AveragePool": 1}),
+])
+def test_average_pool_as_depthwise_convolution(attributes: str, shape: str, left: dict[str, int]) -> None:
+    model = parsed(f"z = AveragePool <{attributes}> (x) y = Identity (z)", shape)
+    sizes = [{"N": 3, "H": 7}.get(n) or int(n) for n in shape.split(",")]
+    assert after(model, weights(*sizes), depthwise_pools) == left
+
+
+def test_operands_of_a_concatenation_take_its_scale_but_a_pool_keeps_its_own() -> None:
+    constants = {name: np.array(scale, np.float32) for name, scale in (("s1", 0.1), ("s2", 0.2), ("s3", 0.4))}
+    model = parsed("""
+        a = Relu (x)  aq = QuantizeLinear (a, s1, zero)  ad = DequantizeLinear (aq, s1, zero)
+        b = Neg (x)  bq = QuantizeLinear (b, s2, zero)  bd = DequantizeLinear (bq, s2, zero)
+        p = MaxPool <kernel_shape = [1, 1]> (bd)
+        pq = QuantizeLinear (p, s2, zero)  pd = DequantizeLinear (pq, s2, zero)
+        c = Concat <axis = 1> (ad, pd)  cq = QuantizeLinear (c, s3, zero)  cd = DequantizeLinear (cq, s3, zero)
+        y = Identity (cd)""", "1,2,3,3", {**constants, "zero": np.array(0, np.uint8)})
+    share_scales(model)
+    scales = {node.outputs[0].name: node.inputs[1].name for node in model.graph if "uantize" in node.op_type}
+    assert scales == {"aq": "s3", "ad": "s3", "bq": "s2", "bd": "s2", "pq": "s2", "pd": "s2", "cq": "s3", "cd": "s3"}
