@@ -25,8 +25,9 @@ from engines.errors import BuildError, FeedError, RuntimeUnavailable
 Feeds = Mapping[str, np.ndarray]
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 RUNTIMES: Mapping[str, str] = MappingProxyType({
-    "onnxruntime": "engines.ort", "openvino": "engines.openvino", "tensorrt": "engines.trt",
-    "tensorrt-rtx": "engines.trt", "tensorflow": "engines.tf", "tensorflow-xla": "engines.tf",
+    "onnxruntime": "engines.ort", "onnxruntime-tensorrt": "engines.ort", "onnxruntime-tensorrt-rtx": "engines.ort",
+    "openvino": "engines.openvino", "tensorrt": "engines.trt", "tensorrt-rtx": "engines.trt",
+    "tensorflow": "engines.tf", "tensorflow-xla": "engines.tf",
 })
 
 
@@ -56,12 +57,13 @@ class Profile:
 class Options:
     """What changes an engine beside its precision. A runtime reads the ones it knows; all are in the receipt.
 
-    `threads` 0: as many as physical cores. `optimization_level`: TensorRT 0 to 5 (None: its default).
-    `workspace_bytes` None: no limit. `compute_capabilities`: TensorRT-RTX targets, e.g. ("86", "120"); empty: every
-    one it knows, or the GPU at hand.
+    `threads` 0: as many as physical cores. `graph`: ONNX Runtime's graph optimizations, all, extended, basic or none.
+    `optimization_level`: TensorRT 0 to 5 (None: its default). `workspace_bytes` None: no limit.
+    `compute_capabilities`: TensorRT-RTX targets, e.g. ("86", "120"); empty: every one it knows, or the GPU at hand.
     """
 
     threads: int = 0
+    graph: str = "all"
     optimization_level: int | None = None
     workspace_bytes: int | None = None
     compute_capabilities: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ one of them lacks is asked of the module itself.
 from __future__ import annotations
 
 import importlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from engines.digest import sha256
 from engines.errors import BuildError
 from engines.runtime import BuildRequest, Built, missing
 
@@ -58,10 +60,46 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
     target.write_bytes(plan)
     if timing is not None:
         cache.write_bytes(config.get_timing_cache().serialize())
-    layers = compute_precisions(trt, network, tf32=request.precision == "tf32")
+    tf32 = request.precision == "tf32"
+    layers, source = compute_precisions(trt, network, tf32), "the strongly typed network that was built"
     del parser  # it owns the weights that the network points to
-    return Built(layers, "the strongly typed network that was built", request.precision == "tf32",
-                 {"workspace_bytes": workspace, "timing_cache": timing})
+    seen = {} if request.device == "cpu" else inspected(_inspector_text(trt, log, plan, network), tf32)
+    if seen:
+        layers, source = seen, "the engine inspector"
+    return Built(layers, source, tf32, {"workspace_bytes": workspace, "timing_cache": timing and
+                                        {"file": timing, "sha256": sha256(cache)}})
+
+
+def _inspector_text(trt: Any, log: Any, plan: bytes, network: Any) -> str:
+    """What the plan says of its layers at the best batch of its first profile; needs a GPU."""
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    context, inspector = engine.create_execution_context(), engine.create_engine_inspector()
+    for i in range(network.num_inputs):
+        name = network.get_input(i).name
+        context.set_input_shape(name, engine.get_tensor_profile_shape(name, 0)[1])
+    inspector.execution_context = context  # without one, the types of open shapes are not told
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def inspected(text: str, tf32: bool) -> dict[str, int]:
+    """Compute layers of the engine inspector's JSON by the type of their first input; none where it tells no types.
+
+    Format: NVIDIA TensorRT developer guide, "Engine Inspector", detailed verbosity.
+    """
+    kinds = ("convolution", "deconvolution", "matrixmultiply", "matrix_multiply", "gemm")
+    types = (("int8", "int8"), ("fp8", "fp8"), ("e4m3", "fp8"), ("bf16", "bf16"), ("bfloat16", "bf16"),
+             ("half", "fp16"), ("fp16", "fp16"), ("float", "tf32" if tf32 else "fp32"),
+             ("fp32", "tf32" if tf32 else "fp32"))
+    counted: Counter[str] = Counter()
+    for layer in json.loads(text).get("Layers", []):
+        if not isinstance(layer, dict) or not layer.get("Inputs"):
+            continue
+        kind = str(layer.get("ParameterType", layer.get("LayerType", ""))).lower()
+        told = layer["Inputs"][0].get("Format/Datatype", layer["Inputs"][0].get("Datatype", "")).lower()
+        found = next((precision for word, precision in types if word in told), None)
+        if any(k in kind for k in kinds) and found is not None:
+            counted[found] += 1
+    return dict(counted)
 
 
 def _log(trt: Any) -> Any:

@@ -39,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. `calibrate`: `random`, a folder of images, or an .npy file of the model's inputs."""
+    """What a user asks for. `calibrate`: `random`, a folder, an .npy or an .npz file (see calibration.py)."""
 
     model: str
     out: Path = Path("artifacts")
@@ -193,7 +193,7 @@ def _digest(calibrate: str) -> str:
     if path.is_file():
         return sha256(path)
     if path.is_dir():
-        entries = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir())]
+        entries = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.rglob("*"))]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     return calibrate
 

@@ -1,8 +1,14 @@
-"""Calibration data for int8: seeded inputs, a folder of images, or an .npy file of the model's inputs."""
+"""Calibration data for int8: seeded inputs, images, or an .npy file of the model's inputs.
+
+Labelled data is a folder with a folder of images for each class, or an .npz file with `images` and `labels`: the images
+that are used are then drawn from the classes in turn, so that each has its share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,7 @@ def load(source: str, manifest: Mapping[str, Any], count: int, normalisation: st
                          "use --calibrate random")
     if not path.exists():
         raise UsageError(f"calibration data {source}", "no such file or folder",
-                         "random, a folder of images, or an .npy file")
+                         "random, a folder of images, an .npy or an .npz file")
     array = _folder(path, manifest, count, normalisation) if path.is_dir() else _array(path, inputs[0], count)
     return {inputs[0]["name"]: array}
 
@@ -41,16 +47,31 @@ def _random(manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
+def _in_turn(labels: Sequence[Any]) -> list[int]:
+    """Indices, the first of each class before the second of any."""
+    seen: Counter[Any] = Counter()
+    places = []
+    for i, label in enumerate(labels):
+        places.append((seen[label], i))
+        seen[label] += 1
+    return [i for _, i in sorted(places)]
+
+
 def _array(path: Path, spec: Mapping[str, Any], count: int) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"calibration data {path}", "not an .npy file", "an array of the model's inputs") from error
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array, labels = (found["images"], found["labels"]) if isinstance(found, np.lib.npyio.NpzFile) else (found, None)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"calibration data {path}", "not an .npy file, nor an .npz file of images and labels",
+                         "an array of the model's inputs") from error
+    if labels is not None and labels.shape != array.shape[:1]:
+        raise UsageError(f"calibration data {path}", f"labels {labels.shape} for images {array.shape}",
+                         "one label for each image")
     wanted = tuple(spec["shape"][1:])
     if not isinstance(array, np.ndarray) or array.shape[1:] != wanted or array.dtype != spec["dtype"]:
         raise UsageError(f"calibration data {path}", f"{getattr(array, 'dtype', '?')} {getattr(array, 'shape', '?')}",
                          f"{spec['dtype']} (count, {', '.join(map(str, wanted))})")
-    return np.array(array[:count])
+    return np.array(array[:count] if labels is None else array[_in_turn(labels.tolist())[:count]])
 
 
 def _folder(path: Path, manifest: Mapping[str, Any], count: int, normalisation: str | None) -> np.ndarray:
@@ -63,7 +84,8 @@ def _folder(path: Path, manifest: Mapping[str, Any], count: int, normalisation: 
     if len(spec["shape"]) != 4 or 3 not in (spec["shape"][1], spec["shape"][3]):
         raise UsageError(f"calibration data {path}", f"the model takes {spec['shape']}", "an RGB image",
                          "give an .npy file")
-    files = [f for f in sorted(path.iterdir()) if f.suffix.lower() in SUFFIXES][:count]
+    files = [f for f in sorted((*path.iterdir(), *path.glob("*/*"))) if f.suffix.lower() in SUFFIXES]
+    files = [files[i] for i in _in_turn([f.parent for f in files])[:count]]
     if not files:
         raise UsageError(f"calibration data {path}", "no images in it", f"files ending in {', '.join(SUFFIXES)}")
     pixels = []

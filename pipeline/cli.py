@@ -82,7 +82,8 @@ def export(
 
 RuntimeNames = Annotated[list[str] | None, typer.Option(
     "--runtime", metavar="NAME",
-    help="onnxruntime, openvino, tensorrt, tensorrt-rtx, tensorflow, tensorflow-xla; repeatable.")]
+    help="onnxruntime, onnxruntime-tensorrt, onnxruntime-tensorrt-rtx, openvino, tensorrt, tensorrt-rtx, tensorflow, "
+         "tensorflow-xla; repeatable.")]
 PrecisionNames = Annotated[list[str] | None, typer.Option(
     "--precision", metavar="NAME", help="fp32, tf32, fp16, bf16, int8; repeatable.")]
 Artifact = Annotated[str, typer.Argument(
@@ -99,7 +100,9 @@ def build(
     profile: Annotated[list[str] | None, typer.Option(
         metavar="MIN,OPT,MAX", help="Batch sizes; repeatable for TensorRT. Default: 1,8,32.")] = None,
     calibrate: Annotated[str, typer.Option(
-        metavar="random|DIR|FILE.npy", help="Calibration data for int8: images, or the model's inputs.")] = "random",
+        metavar="random|DIR|FILE.npy|FILE.npz",
+        help="Calibration data for int8: images (by class, if in folders), or the model's inputs (with labels).")]\
+        = "random",
     calibration_method: Annotated[str, typer.Option(metavar="minmax|entropy|percentile")] = "minmax",
     calibration_images: Annotated[int, typer.Option(min=1, help="How many of them are used.")] = 64,
     preprocess: Annotated[str | None, typer.Option(
@@ -111,6 +114,8 @@ def build(
     min_agreement: Annotated[float | None, typer.Option(
         min=0, max=1, help="The same for the share of images with the same top-1.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: one for each core.")] = 0,
+    graph_optimization: Annotated[str, typer.Option(
+        metavar="all|extended|basic|none", help="ONNX Runtime's graph optimizations.")] = "all",
     workspace_mib: Annotated[int | None, typer.Option(min=1, help="TensorRT's workspace limit.")] = None,
     optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="TensorRT's.")] = None,
     compute_capability: Annotated[list[str] | None, typer.Option(
@@ -125,7 +130,8 @@ def build(
     from engines.runtime import Options, Profile
     from pipeline import build as stage
 
-    options = Options(threads, optimization_level, None if workspace_mib is None else workspace_mib << 20,
+    workspace_bytes = None if workspace_mib is None else workspace_mib << 20
+    options = Options(threads, graph_optimization, optimization_level, workspace_bytes,
                       tuple(compute_capability or ()), version_compatible, hardware_compatible, strip_weights)
     profiles = tuple(Profile(*_profile(text)) for text in profile or ("1,8,32",))
     request = stage.Request(
@@ -149,13 +155,15 @@ def verify(
     max_error: Annotated[list[str] | None, typer.Option(
         metavar="PRECISION=X", help="Limit of the relative L2 error of a precision; repeatable.")] = None,
     rebuilds: Annotated[int, typer.Option(min=0, help="Build each engine again N times; all must agree.")] = 0,
+    device: Annotated[str | None, typer.Option(
+        metavar="cuda:N", help="GPU to run engines on that were built ahead of time.")] = None,
     as_json: RowsAsJson = False,
 ) -> None:
     """Check every engine of MODEL against the reference outputs of its export."""
     from pipeline import verify as stage
 
     request = stage.Request(model, out, tuple(runtime or ()), tuple(precision or ()), _limits(max_error or []),
-                            rebuilds)
+                            rebuilds, device)
     with _progress(as_json) as progress:
         result = stage.verify(request, progress)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,25 @@ def test_threads_are_an_option(tmp_path: Path) -> None:
         (tmp_path / runtime).mkdir()
         with engine(runtime, tmp_path / runtime, options=Options(threads=1)) as loaded:
             assert loaded.run(images(1))["scores"].shape == (1, 5)
+
+
+def test_graph_optimization_is_an_option(tmp_path: Path) -> None:
+    model, found = convolution(tmp_path / "m.onnx"), {}
+    for level in ("extended", "none"):
+        request = BuildRequest(model, "onnxruntime", options=Options(graph=level))
+        backend("onnxruntime").build(request, tmp_path / "e.onnx", lambda step: None)
+        found[level] = [n.op_type for n in onnx.load(tmp_path / "e.onnx").graph.node]
+    assert found["none"] == [n.op_type for n in onnx.load(model).graph.node]
+    assert "FusedConv" in found["extended"]
+    with pytest.raises(BuildError, match="graph optimization 'most': unknown; expected one of all, extended"):
+        backend("onnxruntime").build(BuildRequest(model, "onnxruntime", options=Options(graph="most")), tmp_path / "e",
+                                     lambda step: None)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
+def test_providers_of_a_gpu_say_what_is_missing(runtime: str, tmp_path: Path) -> None:
+    request = BuildRequest(convolution(tmp_path / "m.onnx"), runtime)
+    with pytest.raises(RuntimeUnavailable, match=f"{runtime} on cpu: runs on a GPU only; expected --device cuda:0"):
+        backend(runtime).identity(request)
+    with pytest.raises(RuntimeUnavailable, match=r"pip install|driver"):
+        backend(runtime).identity(replace(request, device="cuda:99"))

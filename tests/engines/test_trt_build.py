@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper
 
 from engines.errors import BuildError, RuntimeUnavailable
 from engines.runtime import BuildRequest, Built, Options, Profile, backend
+from engines.trt_build import inspected
 from export.precision import to_half, to_int8
 from tests.engines.models import convolution, images
 
@@ -115,3 +118,46 @@ def test_ctrl_c_stops_a_build(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         backend("tensorrt-rtx").build(request, target, lambda step: _thread.interrupt_main())
     assert not target.exists()
+
+
+def test_out_of_memory_is_tried_again_with_half_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's builder says when its memory runs out is put into the log, twice; the third build is real."""
+    from engines import trt_build
+
+    genuine, limits, steps = trt_build._serialized, list[int](), list[str]()
+
+    def short(trt: Any, builder: Any, network: Any, config: Any, progress: Any) -> bytes | None:
+        limits.append(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))
+        if limits[-1] > 256 << 20:
+            builder.logger.log(trt.ILogger.Severity.ERROR, "Requested amount of GPU memory: out of memory")
+            return None
+        return genuine(trt, builder, network, config, progress)
+
+    monkeypatch.setattr(trt_build, "_serialized", short)
+    request = BuildRequest(convolution(tmp_path / "m.onnx"), "tensorrt-rtx", options=Options(workspace_bytes=1 << 30))
+    built = backend("tensorrt-rtx").build(request, tmp_path / "e.plan", steps.append)
+    assert limits == [1 << 30, 512 << 20, 256 << 20]
+    assert built.details["workspace_bytes"] == 256 << 20
+    assert [s for s in steps if "memory" in s] == ["out of memory; again with 512 MiB of workspace",
+                                                   "out of memory; again with 256 MiB of workspace"]
+    limits.clear()
+    monkeypatch.setattr(trt_build, "SMALLEST_WORKSPACE", 512 << 20)
+    with pytest.raises(BuildError, match="out of memory"):
+        backend("tensorrt-rtx").build(request, tmp_path / "f.plan", steps.append)
+    assert not (tmp_path / "f.plan").exists()
+
+
+def test_precision_is_read_from_the_inspector() -> None:
+    """Layers as in the developer guide's example, of TensorRT 8 to 10."""
+    def layer(kind: str, told: str) -> dict[str, Any]:
+        return {"Name": "l", "LayerType": "CaskConvolution", "ParameterType": kind,
+                "Inputs": [{"Name": "x", "Dimensions": [16, 512, 28, 28], "Format/Datatype": told}]}
+
+    text = json.dumps({"Layers": [
+        layer("Convolution", "Thirty-two wide channel vectorized row major Int8 format"),
+        layer("Convolution", "Channel major FP16 format where channel % 8 == 0"), layer("Pooling", "Row major Int8"),
+        {"Name": "gemm", "LayerType": "gemm", "Inputs": [{"Name": "x", "Datatype": "Float"}]},
+        layer("Convolution", "N/A due to dynamic shapes"), "name only"]})
+    assert inspected(text, tf32=False) == {"int8": 1, "fp16": 1, "fp32": 1}
+    assert inspected(text, tf32=True) == {"int8": 1, "fp16": 1, "tf32": 1}
+    assert inspected('{"Layers": ["a", "b"]}', tf32=False) == {}
