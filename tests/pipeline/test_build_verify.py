@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from export import precision
-from pipeline import build, cli, verify
+from export.errors import UsageError
+from pipeline import build, calibration, cli, verify
 from tests.engines.models import convolution, images
 
 EVERY = ("--runtime", "onnxruntime", "--runtime", "openvino", "--runtime", "tensorrt-rtx",
@@ -215,6 +216,52 @@ def test_calibration_from_images_and_arrays(tmp_path: Path, capsys: pytest.Captu
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "no images in it" in failed(capsys, *command, empty)
+
+
+def test_labelled_data_gives_each_class_its_share(tmp_path: Path) -> None:
+    manifest = {"network": "none", "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 2]}]}
+    values = np.repeat(np.arange(6, dtype=np.float32), 2).reshape(6, 2)
+    np.savez(tmp_path / "d.npz", images=values, labels=np.array(["a", "a", "a", "a", "b", "c"]))
+    assert calibration.load(f"{tmp_path}/d.npz", manifest, 4, None)["x"][:, 0].tolist() == [0, 4, 5, 1]
+    for arrays, text in (({"images": values, "labels": np.arange(5)}, r"labels \(5,\) for images \(6, 2\)"),
+                         ({"pictures": values}, r"nor an \.npz file of images and labels")):
+        np.savez(tmp_path / "e.npz", **arrays)
+        with pytest.raises(UsageError, match=text):
+            calibration.load(f"{tmp_path}/e.npz", manifest, 4, None)
+
+
+def test_images_in_a_folder_for_each_class(tmp_path: Path) -> None:
+    spec = {"name": "x", "dtype": "uint8", "shape": ["batch", 4, 4, 3]}
+    for name, shades in (("cat", (10, 20, 30)), ("dog", (40,))):
+        (tmp_path / name).mkdir()
+        for shade in shades:
+            Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / name / f"{shade}.png")
+    found = calibration.load(str(tmp_path), {"network": "none", "inputs": [spec]}, 3, None)["x"]
+    assert found[:, 0, 0, 0].tolist() == [10, 40, 20]
+
+
+def mobilenet() -> Any:
+    import keras
+
+    keras.utils.set_random_seed(0)
+    return keras.applications.MobileNetV2(weights=None, input_shape=(96, 96, 3), classes=10)
+
+
+def densenet() -> Any:
+    import keras
+
+    keras.utils.set_random_seed(0)
+    return keras.applications.DenseNet121(weights=None, input_shape=(64, 64, 3), classes=10)
+
+
+@pytest.mark.parametrize("network", ["mobilenet", "densenet"])
+def test_model_of_keras_applications(network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = f"tests.pipeline.test_build_verify:{network}", ("--out", tmp_path)
+    rows = printed(capsys, "build", model, *out, "--runtime", "onnxruntime", "--runtime", "openvino", "--precision",
+                   "fp32", "--precision", "int8", "--profile", "1,2,4")
+    assert [row["status"] for row in rows] == ["built"] * 4
+    rows = printed(capsys, "verify", model, *out, "--max-error", "int8=10")  # random weights: int8 is beside the point
+    assert {row["status"] for row in rows} == {"passed"}
 
 
 # --- estimators of verify ----------------------------------------------------------------------------------------
