@@ -23,7 +23,7 @@ import numpy as np
 from engines.errors import BuildError, FeedError, RuntimeUnavailable
 
 Feeds = Mapping[str, np.ndarray]
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp8", "int8")
 RUNTIMES: Mapping[str, str] = MappingProxyType({
     "onnxruntime": "engines.ort", "onnxruntime-tensorrt": "engines.ort", "onnxruntime-tensorrt-rtx": "engines.ort",
     "openvino": "engines.openvino", "tensorrt": "engines.trt", "tensorrt-rtx": "engines.trt",

@@ -22,7 +22,7 @@ __all__ = ["SUFFIX", "build", "identity", "load", "variant"]
 SUFFIX = ".plan"
 AHEAD = "built ahead of time"
 VARIANTS: Mapping[str, str] = MappingProxyType(
-    {"fp32": "", "tf32": "", "fp16": "fp16", "bf16": "bf16", "int8": "int8-symmetric"})
+    {"fp32": "", "tf32": "", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "int8": "int8-symmetric"})
 
 
 def identity(request: BuildRequest) -> Identity:

@@ -225,9 +225,10 @@ def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
 
 
 def compute_precisions(trt: Any, network: Any, tf32: bool) -> dict[str, int]:
-    """Convolutions and matrix products by the type they compute in; int8 where both operands come dequantized."""
+    """Convolutions and matrix products by the type they compute in: where both operands come dequantized, from what."""
     kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
-    names = {trt.DataType.FLOAT: "tf32" if tf32 else "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
+    names = {trt.DataType.FLOAT: "tf32" if tf32 else "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16",
+             trt.DataType.INT8: "int8", trt.DataType.FP8: "fp8"}
     producers, counted = {}, Counter[str]()
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -235,8 +236,8 @@ def compute_precisions(trt: Any, network: Any, tf32: bool) -> dict[str, int]:
             producers[layer.get_output(j).name] = layer
         if layer.type in kinds:
             fed = [layer.get_input(j) for j in range(min(2, layer.num_inputs))]
-            sources = [producers.get(t.name) for t in fed if t is not None]
-            dequantized = len(sources) == 2 and all(s and s.type == trt.LayerType.DEQUANTIZE for s in sources)
-            dtype = layer.get_output(0).dtype
-            counted["int8" if dequantized else names.get(dtype, str(dtype))] += 1
+            sources = [producers[t.name] for t in fed if t is not None and t.name in producers]
+            dequantized = len(sources) == 2 and all(s.type == trt.LayerType.DEQUANTIZE for s in sources)
+            dtype = sources[0].get_input(0).dtype if dequantized else layer.get_output(0).dtype
+            counted[names.get(dtype, str(dtype))] += 1
     return dict(counted)

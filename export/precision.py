@@ -4,17 +4,24 @@ fp16: onnxruntime.transformers.float16. bf16: the same graph with bfloat16 in th
 from float32. int8: onnxruntime.quantization, QuantizeLinear/DequantizeLinear pairs with per-channel weights, in two
 forms: uint8 activations for ONNX Runtime and OpenVINO on a CPU, symmetric int8 for TensorRT and TensorRT-RTX.
 
+By NVIDIA's nvidia-modelopt, an extra: fp8 (E4M3), and fp16 or bf16 by AutoCast, which keeps in float32 what would
+overflow.
+
 Inputs and outputs stay float32.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,6 +51,36 @@ def to_half(model: Path, target: Path, precision: str, keep: Iterable[str] = ())
         _as_bfloat16(half, {w.name: w for w in original.graph.initializer})
     del half.graph.value_info[:]
     _write(_sorted(half), target)
+
+
+def autocast(model: Path, target: Path, precision: str, keep: Iterable[str] = ()) -> None:
+    """Writes the fp16 or bf16 variant as modelopt's AutoCast makes it. Raises UsageError where that is missing."""
+    with _modelopt("autocast") as module, _quiet():
+        made = module.convert_to_mixed_precision(str(model), precision, _patterns(keep), keep_io_types=True)
+    _write(made, target)
+
+
+def to_fp8(model: Path, target: Path, images: Mapping[str, np.ndarray], keep: Iterable[str] = ()) -> None:
+    """Writes the fp8 variant (E4M3, the rest float32), calibrated by modelopt. Raises UsageError as to_int8 does."""
+    check_calibration(images)
+    with _modelopt("quantization") as module, _quiet():
+        module.quantize(str(model), "fp8", dict(images), calibration_eps=["cpu"], high_precision_dtype="fp32",
+                        nodes_to_exclude=_patterns(keep), output_path=str(target), log_level="ERROR")
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    return [f"{re.escape(name)}$" for name in names]
+
+
+@contextlib.contextmanager
+def _modelopt(name: str) -> Iterator[Any]:
+    try:
+        module = importlib.import_module(f"modelopt.onnx.{name}")
+    except ImportError as error:
+        raise UsageError("nvidia-modelopt", "not installed", "", "pip install 'enginesmith[modelopt]' into an "
+                         "environment of its own: it brings PyTorch and pins an older ONNX Runtime") from error
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its calibration
+        yield module
 
 
 def _as_bfloat16(half: onnx.ModelProto, originals: Mapping[str, onnx.TensorProto]) -> None:

@@ -53,6 +53,7 @@ class Request:
     images: int = 64
     preprocess: str | None = None
     keep: tuple[str, ...] = ()
+    autocast: bool = False
     limits: Limits = field(default_factory=Limits)
     force: bool = False
 
@@ -152,11 +153,11 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
     if not variant:
         return MODEL
     manifest, name = artifact.manifest_of(held), f"model.{variant}.onnx"
-    integer, source = variant.startswith("int8"), held.folder / MODEL
+    integer, source = variant.startswith(("int8", "fp8")), held.folder / MODEL
     recipe: dict[str, Any] = {"source": manifest["files"][MODEL], "keep": list(request.keep), **vars(request.limits)}
     if integer or request.limits != Limits():
         recipe |= {"calibrate": _digest(request.calibrate), "images": request.images, "preprocess": request.preprocess}
-    recipe |= {"method": request.method} if integer else {}
+    recipe |= {"method": request.method} if integer else {"autocast": request.autocast}
     if manifest.get("variants", {}).get(name, {}).get("recipe") == recipe and name in manifest["files"]:
         return name
     from export import precision
@@ -166,10 +167,12 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
 
     def make(path: Path, more: tuple[str, ...]) -> None:
         keep = request.keep + more
-        if integer:
+        if variant == "fp8":
+            precision.to_fp8(source, path, images, keep)
+        elif integer:
             precision.to_int8(source, path, variant, images, request.method, keep)
         else:
-            precision.to_half(source, path, variant, keep)
+            (precision.autocast if request.autocast else precision.to_half)(source, path, variant, keep)
 
     kept = list(request.keep)
 

@@ -85,7 +85,7 @@ RuntimeNames = Annotated[list[str] | None, typer.Option(
     help="onnxruntime, onnxruntime-tensorrt, onnxruntime-tensorrt-rtx, openvino, tensorrt, tensorrt-rtx, tensorflow, "
          "tensorflow-xla; repeatable.")]
 PrecisionNames = Annotated[list[str] | None, typer.Option(
-    "--precision", metavar="NAME", help="fp32, tf32, fp16, bf16, int8; repeatable.")]
+    "--precision", metavar="NAME", help="fp32, tf32, fp16, bf16, fp8, int8; repeatable.")]
 Artifact = Annotated[str, typer.Argument(
     metavar="MODEL", help="What export takes, an .onnx file, or an artifact folder.")]
 
@@ -109,6 +109,8 @@ def build(
         metavar="tf|caffe|torch|rgb_mean|facenet", help="Normalisation of calibration images, if not own.")] = None,
     keep: Annotated[list[str] | None, typer.Option(
         metavar="NODE", help="ONNX node that stays in float32; repeatable.")] = None,
+    autocast: Annotated[bool, typer.Option(
+        "--autocast", help="fp16 and bf16 by nvidia-modelopt, which keeps float32 where values overflow.")] = False,
     max_error: Annotated[float | None, typer.Option(
         min=0, help="Search for layers to keep in float32 until the relative L2 error is at most this.")] = None,
     min_agreement: Annotated[float | None, typer.Option(
@@ -136,7 +138,7 @@ def build(
     profiles = tuple(Profile(*_profile(text)) for text in profile or ("1,8,32",))
     request = stage.Request(
         model, out, tuple(runtime or ("onnxruntime",)), tuple(precision or ("fp32",)), device, profiles, options,
-        calibrate, calibration_method, calibration_images, preprocess, tuple(keep or ()),
+        calibrate, calibration_method, calibration_images, preprocess, tuple(keep or ()), autocast,
         stage.Limits(max_error, min_agreement), force)
     with _progress(as_json) as progress:
         result = stage.build(request, progress)

@@ -25,7 +25,8 @@ from pipeline.export import MODEL, REFERENCE, SAVED_MODEL, Progress
 from pipeline.workspace import ENGINES
 
 # relative L2 error that a precision may have; a limit of the user's takes its place
-LIMITS: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1})
+LIMITS: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2, "fp8": 1e-1,
+                                                        "int8": 1e-1})
 AHEAD_OF_TIME = "tensorrt-rtx"  # built on `cpu`, for whatever GPU runs it
 SELF = 0.1  # rows of a batch may differ among themselves by this share of the limit: kernels differ with the batch
 

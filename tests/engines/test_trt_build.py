@@ -161,3 +161,19 @@ def test_precision_is_read_from_the_inspector() -> None:
     assert inspected(text, tf32=False) == {"int8": 1, "fp16": 1, "fp32": 1}
     assert inspected(text, tf32=True) == {"int8": 1, "fp16": 1, "tf32": 1}
     assert inspected('{"Layers": ["a", "b"]}', tf32=False) == {}
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(TensorProto.FLOAT8E4M3FN, "fp8"), (TensorProto.INT8, "int8")])
+def test_quantized_convolutions_are_told_apart(kind: int, precision: str, tmp_path: Path) -> None:
+    model = onnx.load(convolution(tmp_path / "m.onnx"))
+    conv = next(n for n in model.graph.node if n.op_type == "Conv")
+    model.graph.initializer.extend([helper.make_tensor("scale", TensorProto.FLOAT, [], [0.05]),
+                                    helper.make_tensor("zero", kind, [], b"\0", raw=True)])
+    for i, name in enumerate(list(conv.input[:2])):
+        model.graph.node.insert(0, helper.make_node("DequantizeLinear", [f"{name}8", "scale", "zero"], [f"{name}d"]))
+        model.graph.node.insert(0, helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}8"]))
+        conv.input[i] = f"{name}d"
+    model.opset_import[0].version = 19
+    onnx.save(model, tmp_path / "q.onnx")
+    built = build(tmp_path / "q.onnx", precision, compute_capabilities=("89",))[0]
+    assert built.layers == {precision: 1, "fp32": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from export.errors import UsageError
 from pipeline import build, calibration, cli, verify
 from tests.engines.models import convolution, images
 
+RTX = ("--runtime", "tensorrt-rtx")
 EVERY = ("--runtime", "onnxruntime", "--runtime", "openvino", "--runtime", "tensorrt-rtx",
          "--precision", "fp32", "--precision", "fp16", "--precision", "int8")
 
@@ -130,7 +132,7 @@ def test_a_plan_that_was_changed_is_not_loaded(model: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (("--precision", "fp8"), "precision 'fp8': unknown; expected one of fp32, tf32, fp16, bf16, int8"),
+    (("--precision", "fp4"), "precision 'fp4': unknown; expected one of fp32, tf32, fp16, bf16, fp8, int8"),
     (("--runtime", "ncnn"), "runtime 'ncnn': unknown; expected one of onnxruntime"),
     (("--profile", "4,2,8"), "profile 4,2,8: not in order; expected 1 <= min <= opt <= max"),
     (("--profile", "1,2"), "profile '1,2': not three batch sizes"),
@@ -139,6 +141,9 @@ def test_a_plan_that_was_changed_is_not_loaded(model: Path, tmp_path: Path, caps
     (("--precision", "int8", "--calibrate", "nowhere"), "calibration data nowhere: no such file or folder"),
     (("--precision", "int8", "--calibration-method", "magic"), "expected one of minmax, entropy, percentile"),
     (("--runtime", "tensorrt"), "tensorrt"),
+    *([] if importlib.util.find_spec("modelopt") else [
+        ((*RTX, "--precision", "fp8"), "nvidia-modelopt: not installed; pip install 'enginesmith[modelopt]'"),
+        ((*RTX, "--precision", "fp16", "--autocast"), "nvidia-modelopt: not installed")]),
 ])
 def test_a_users_mistake_is_one_line(arguments: tuple[str, ...], text: str, model: Path, tmp_path: Path,
                                      capsys: pytest.CaptureFixture[str]) -> None:
