@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 
@@ -132,6 +132,14 @@ class Runtime(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *failure: object) -> None: ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A runtime that has gradients too."""
+
+    def prepare_backward(self, feeds: Feeds) -> Prepared:
+        """A run that ends with the gradient of the L2 loss of all outputs by every trainable parameter."""
 
 
 class Closing:

@@ -106,7 +106,8 @@ class TfRuntime(Closing):
         self._device = "/CPU:0" if request.device == "cpu" else f"/GPU:{request.device.removeprefix('cuda:')}"
         self._signature = signature
         self._call = signature
-        if request.runtime == "tensorflow-xla":
+        self._xla = request.runtime == "tensorflow-xla"
+        if self._xla:
             self._call = tensorflow.function(lambda **fed: signature(**fed), jit_compile=True, autograph=False)
         self.inputs = tuple(_spec(name, s) for name, s in signature.structured_input_signature[1].items())
         self.outputs = tuple(_spec(name, s) for name, s in signature.structured_outputs.items())
@@ -116,6 +117,23 @@ class TfRuntime(Closing):
 
     def prepare(self, feeds: Feeds) -> TfPrepared:
         return TfPrepared(self, check_feeds(self.inputs, feeds), self.run(feeds))
+
+    def prepare_backward(self, feeds: Feeds) -> TfPrepared:
+        """As the classic convnet benchmark times it: the gradient of the L2 loss by all parameters."""
+        variables = [v for v in self._signature.keep.weights if v.trainable]
+
+        def step(**fed: Any) -> dict[str, Any]:
+            with tensorflow.GradientTape() as tape:
+                tape.watch(variables)
+                outputs = self._signature(**fed)
+                loss = tensorflow.add_n([tensorflow.nn.l2_loss(value) for value in outputs.values()])
+            gradients = [g for g in tape.gradient(loss, variables) if g is not None]
+            with tensorflow.control_dependencies(gradients):  # the loss is told once every gradient is there
+                told = {"loss": tensorflow.identity(loss)}
+            return told | {f"gradient_{i}": g for i, g in enumerate(gradients)}  # else XLA would leave them out
+
+        self._call = tensorflow.function(step, jit_compile=self._xla, autograph=False)
+        return TfPrepared(self, check_feeds(self.inputs, feeds), {"loss": np.empty((), np.float32)})
 
     def _tensors(self, feeds: Feeds) -> dict[str, Any]:
         with tensorflow.device(self._device):
@@ -138,8 +156,9 @@ class TfPrepared(HostBuffers):
         super().__init__(inputs, outputs)
 
     def __call__(self) -> None:
-        for name, value in self._runtime._run(self._runtime._tensors(self.inputs)).items():
-            np.copyto(self.outputs[name], value.numpy())
+        found = self._runtime._run(self._runtime._tensors(self.inputs))
+        for name, array in self.outputs.items():
+            np.copyto(array, found[name].numpy())
 
 
 def _spec(name: str, spec: Any) -> TensorSpec:

@@ -62,6 +62,26 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def copy_seconds(device: str, size: int, tries: int) -> list[float]:
+    """Of copies of `size` bytes within the memory of `cuda:N`, by CUDA events."""
+    cuda = _cuda()
+    _checked(cuda.cudaSetDevice(int(device.removeprefix("cuda:"))))
+    source, target = _checked(cuda.cudaMalloc(size)), _checked(cuda.cudaMalloc(size))
+    first, last = _checked(cuda.cudaEventCreate()), _checked(cuda.cudaEventCreate())
+    found = []
+    for _ in range(tries):
+        _checked(cuda.cudaEventRecord(first, 0))
+        _checked(cuda.cudaMemcpyAsync(target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, 0))
+        _checked(cuda.cudaEventRecord(last, 0))
+        _checked(cuda.cudaEventSynchronize(last))
+        found.append(float(_checked(cuda.cudaEventElapsedTime(first, last))) / 1000)
+    for memory in (source, target):
+        _checked(cuda.cudaFree(memory))
+    for event in (first, last):
+        _checked(cuda.cudaEventDestroy(event))
+    return found
+
+
 class TrtRuntime(Closing):
     """A deserialized engine with one execution context for each optimization profile."""
 

@@ -7,9 +7,12 @@ whole GPU, and thread pools fight for cores: a fair comparison, and a working on
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter_ns
@@ -17,8 +20,32 @@ from typing import Any, Self
 
 import numpy as np
 
-from engines.errors import EngineError
-from engines.runtime import BuildRequest, Built, backend
+from engines.errors import EngineError, FeedError
+from engines.runtime import BuildRequest, Built, Differentiable, Prepared, backend
+
+FORWARD = "forward"
+PARTS = ("host_to_device", "compute", "device_to_host")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Nanoseconds of each run: `wall` from the call until the output is on the host; `device` by CUDA events, if the
+    runtime gives them, in `host_to_device`, `compute` and `device_to_host`."""
+
+    wall: list[int]
+    device: dict[str, list[int]]
+
+
+def timed(prepared: Prepared, steps: int) -> Timings:
+    """The measuring loop: nothing between the two readings of the clock but the call."""
+    wall, parts = list[int](), list[tuple[float, ...]]()
+    for _ in range(steps):
+        start = perf_counter_ns()
+        prepared()
+        wall.append(perf_counter_ns() - start)
+        parts.append(getattr(prepared, "times_ms", ()))
+    told = zip(*parts, strict=True)
+    return Timings(wall, {name: [round(ms * 1e6) for ms in column] for name, column in zip(PARTS, told, strict=False)})
 
 
 class Worker:
@@ -54,15 +81,23 @@ class Worker:
         """Loads an engine that is built."""
         self._call("load", path)
 
-    def prepare(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Sets the shapes and values of time(), runs once, and returns the outputs."""
-        outputs: dict[str, np.ndarray] = self._call("prepare", dict(feeds))
+    def prepare(self, feeds: Mapping[str, np.ndarray], mode: str = FORWARD) -> dict[str, np.ndarray]:
+        """Sets the shapes, values and mode of what is timed, runs it once, and returns the outputs."""
+        outputs: dict[str, np.ndarray] = self._call("prepare", dict(feeds), mode)
         return outputs
 
-    def time(self, steps: int) -> list[int]:
-        """Wall nanoseconds of each of `steps` prepared runs."""
-        samples: list[int] = self._call("time", steps)
-        return samples
+    def time(self, steps: int) -> Timings:
+        """Runs what was prepared `steps` times."""
+        self.start_timing(steps)
+        return self.finish_timing()
+
+    def start_timing(self, steps: int) -> None:
+        """The first half of time(): several processes are started before the first is waited for."""
+        self._send("time", steps)
+
+    def finish_timing(self) -> Timings:
+        timings: Timings = self._receive("time")
+        return timings
 
     def peak_bytes(self) -> int:
         """The largest resident size that the process has had."""
@@ -70,23 +105,37 @@ class Worker:
         return peak
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Raises the EngineError that the process raised, or one that says that it died."""
+        self._send(name, *arguments)
+        return self._receive(name)
+
+    def _send(self, name: str, *arguments: Any) -> None:
         try:
             self._pipe.send((name, arguments))
+        except OSError as error:
+            raise self._died(name) from error
+
+    def _receive(self, name: str) -> Any:
+        """Raises the EngineError that the process raised, or one that says that it died."""
+        try:
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join(10)
-            raise EngineError(f"{self.request.runtime} process", f"ended with {self._process.exitcode} in {name}", "",
-                              "a negative number is a signal; 9 is what the system sends when memory runs out"
-                              ) from error
+            raise self._died(name) from error
         if kind == "error":
             raise value
         if kind == "bug":
             raise RuntimeError(value)
         return value
 
+    def _died(self, name: str) -> EngineError:
+        self._process.join(10)
+        return EngineError(f"{self.request.runtime} process", f"ended with {self._process.exitcode} in {name}", "",
+                           "a negative number is a signal; 9 is what the system sends when memory runs out")
+
 
 def _serve(pipe: Connection, request: BuildRequest) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process by the pipe
+    if request.options.threads:
+        os.environ["TF_NUM_INTRAOP_THREADS"] = str(request.options.threads)  # TensorFlow reads it once, at its start
     engine = _Engine(request)
     while True:
         try:
@@ -129,18 +178,18 @@ class _Engine:
     def load(self, path: Path) -> None:
         self.runtime = backend(self.request.runtime).load(self.request, path)
 
-    def prepare(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self.prepared = self.runtime.prepare(feeds)
+    def prepare(self, feeds: dict[str, np.ndarray], mode: str) -> dict[str, np.ndarray]:
+        if mode == FORWARD:
+            self.prepared = self.runtime.prepare(feeds)
+        elif isinstance(self.runtime, Differentiable):
+            self.prepared = self.runtime.prepare_backward(feeds)
+        else:
+            raise FeedError(f"mode {mode}", f"{self.request.runtime} has no gradients", "tensorflow")
         self.prepared()
         return {name: array.copy() for name, array in self.prepared.outputs.items()}
 
-    def time(self, steps: int) -> list[int]:
-        prepared, samples = self.prepared, []
-        for _ in range(steps):
-            start = perf_counter_ns()
-            prepared()
-            samples.append(perf_counter_ns() - start)
-        return samples
+    def time(self, steps: int) -> Timings:
+        return timed(self.prepared, steps)
 
     def peak_bytes(self) -> int:
         import resource

@@ -135,7 +135,7 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
         extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True,
                  "CalibStridedMinMax": 1,  # by chunk, in every method
                  "QuantizeBias": not symmetric}  # TensorRT takes a bias in float only
-        q.quantize_static(str(prepared), str(target), _Reader(images, chunk), quant_format=q.QuantFormat.QDQ,
+        q.quantize_static(str(prepared), str(target), _Reader(*_batches(ready, images, chunk)), quant_format=q.QuantFormat.QDQ,
                           per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
                           weight_type=q.QuantType.QInt8, calibrate_method=q.CalibrationMethod[METHODS[method]],
                           nodes_to_exclude=in_float, extra_options=extra)
@@ -162,6 +162,18 @@ def check_calibration(images: Mapping[str, np.ndarray]) -> None:
         if not finite.all():
             raise UsageError(f"calibration data of {name}", f"image {finite.argmin()} holds NaN or Inf",
                              "finite numbers", "leave that image out")
+
+
+def _batches(model: onnx.ModelProto, images: Mapping[str, np.ndarray], chunk: int
+             ) -> tuple[dict[str, np.ndarray], int]:
+    """A model of a fixed batch takes whole batches: the first images fill up the last one."""
+    dims = next((v.type.tensor_type.shape.dim for v in model.graph.input if v.name in images), [])
+    fixed = dims[0].dim_value if dims else 0
+    if not fixed:
+        return dict(images), chunk
+    count = len(next(iter(images.values())))
+    order = np.arange(-(-count // fixed) * fixed) % count
+    return {name: array[order] for name, array in images.items()}, fixed
 
 
 class _Reader:

@@ -68,6 +68,7 @@ class Limit:
 class Series:
     """One configuration and its samples. `status`: `measured`, or `failed` with the `reason`.
 
+    `rewarm_ns`: the first steps of each round, when the caches hold another's data; they are not among the samples.
     `batch` images go through in each of `concurrency` processes at a time. `wall_ns`: of each round, until every
     process was done. `device_ns`: `host_to_device`, `compute` and `device_to_host` by CUDA events, on a GPU only.
     `flops` and `min_bytes` are of one step: operations, and the bytes of weights, inputs and outputs that must move at
@@ -98,6 +99,7 @@ class Series:
     build_seconds: float = 0.0
     relative_l2: float | None = None
     top1: float | None = None
+    rewarm_ns: Rounds = ()
 
     @property
     def name(self) -> str:

@@ -139,9 +139,7 @@ def _verified(request: Request, folder: Path, one: Receipt, model: Path, cases: 
     try:
         path = receipts.check(folder, one)
         receipts.check_machine(one, module.identity(wish))
-        if request.device is not None and wish.runtime == AHEAD_OF_TIME and wish.device == "cpu":
-            wish = replace(wish, device=request.device)
-        engine = module.load(wish, path)
+        engine = module.load(on_device(wish, request.device), path)
     except RuntimeUnavailable as error:
         return replace(row, status="not run", reason=str(error))
     except StaleEngine as error:
@@ -162,7 +160,7 @@ def _measured(row: Row, wish: BuildRequest, engine: Runtime, cases: Case) -> Row
     profile = wish.profiles[0]
     compared: list[Comparison] = []
     for batch in sorted({profile.min, profile.opt, profile.max}):
-        inputs, expected = (_cycled(arrays, batch) for arrays in cases)
+        inputs, expected = (cycled(arrays, batch) for arrays in cases)
         found = engine.run(inputs)
         compared += [compare(name, batch, found[name], expected[name]) for name in expected]
     identical, padding = _self_consistency(engine, cases[0], profile.max)
@@ -176,7 +174,7 @@ def _measured(row: Row, wish: BuildRequest, engine: Runtime, cases: Case) -> Row
                    comparisons=tuple(compared), identical_rows=identical, padding=padding)
 
 
-def _cycled(arrays: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
+def cycled(arrays: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
     """`batch` rows, the first ones again and again."""
     return {name: array[np.arange(batch) % len(array)] for name, array in arrays.items()}
 
@@ -201,7 +199,7 @@ def _self_consistency(engine: Runtime, inputs: Mapping[str, np.ndarray], largest
     if largest == 1:
         return None, None
     first = {name: array[:1] for name, array in inputs.items()}
-    same = engine.run(_cycled(first, largest))
+    same = engine.run(cycled(first, largest))
     identical = max(difference(value, np.broadcast_to(value[:1], value.shape)) for value in same.values())
     padded = {name: np.concatenate([array, np.zeros((largest - 1, *array.shape[1:]), array.dtype)])
               for name, array in first.items()}
@@ -218,10 +216,16 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return error / norm if norm else error
 
 
+def on_device(wish: BuildRequest, device: str | None) -> BuildRequest:
+    """An engine that was built ahead of time, for no GPU in particular, runs on the one that is given."""
+    ahead = wish.runtime == AHEAD_OF_TIME and wish.device == "cpu" and device is not None
+    return replace(wish, device=device) if ahead and device else wish
+
+
 def _rebuilt(row: Row, wish: BuildRequest, cases: Case, times: int) -> Row:
     """Builds the engine again, `times` times, and compares the outputs of all."""
     module, outputs = backend(wish.runtime), list[dict[str, np.ndarray]]()
-    inputs = _cycled(cases[0], wish.profiles[0].opt)
+    inputs = cycled(cases[0], wish.profiles[0].opt)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(times + 1):
             path = Path(folder) / f"{i}{module.SUFFIX}"

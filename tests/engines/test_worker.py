@@ -21,7 +21,7 @@ def test_worker(tmp_path: Path) -> None:
         assert worker.build().layers == {"fp32": 2}
         found = worker.prepare(images(3))["scores"]
         np.testing.assert_allclose(found, expected(model, images(3)), rtol=1e-4, atol=1e-6)
-        samples = worker.time(5)
+        samples = worker.time(5).wall
         assert len(samples) == 5
         assert all(n > 0 for n in samples)
         assert worker.peak_bytes() > 10e6

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from engines.runtime import BuildRequest, Profile, backend
 from export import precision
 from export.errors import UsageError
 from pipeline import build, calibration, cli, verify
@@ -102,7 +103,7 @@ def test_verify_finds_the_node_that_departs(model: Path, tmp_path: Path, capsys:
     assert run("build", other, "--out", out, "--precision", "int8") == 0
     reference = np.load(out / "small" / "reference.npz")
     capsys.readouterr()
-    from engines.runtime import BuildRequest, Profile
+
     from pipeline import divergence
 
     (out / "small" / "model.int8.onnx").write_bytes((out / "other" / "model.int8.onnx").read_bytes())
@@ -223,6 +224,15 @@ def test_calibration_from_images_and_arrays(tmp_path: Path, capsys: pytest.Captu
     assert "no images in it" in failed(capsys, *command, empty)
 
 
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_calibration_of_a_model_with_a_fixed_batch(count: int, tmp_path: Path) -> None:
+    source = convolution(tmp_path / "m.onnx", batch=3)
+    precision.to_int8(source, tmp_path / "q.onnx", "int8", images(count))
+    options = BuildRequest(tmp_path / "q.onnx", "onnxruntime", "int8")
+    built = backend("onnxruntime").build(options, tmp_path / "e.onnx", lambda step: None)
+    assert built.layers == {"int8": 2}
+
+
 def test_labelled_data_gives_each_class_its_share(tmp_path: Path) -> None:
     manifest = {"network": "none", "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 2]}]}
     values = np.repeat(np.arange(6, dtype=np.float32), 2).reshape(6, 2)
@@ -285,7 +295,7 @@ def test_comparison_of_two_outputs() -> None:
 
 def test_engine_in_another_precision_is_refused() -> None:
     from engines.errors import PrecisionError
-    from engines.runtime import BuildRequest, Built
+    from engines.runtime import Built
 
     wish = BuildRequest(Path("m"), "openvino", "fp16")
     build.check_precision(wish, Built({"fp16": 2, "fp32": 2}, "x"))
