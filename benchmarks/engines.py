@@ -113,11 +113,11 @@ def measure(network: str, batches: list[int], rounds: int, steps: int) -> dict[s
             rates = []
             for _ in range(rounds):
                 time.sleep(0.1)
-                rates.append(2 * MATRIX ** 3 / min(product.time(5)))  # operations in a nanosecond: GFLOP/s
+                rates.append(2 * MATRIX ** 3 / min(product.time(5).wall))  # operations in a nanosecond: GFLOP/s
                 for name, worker in workers.items():
                     time.sleep(0.1)  # thread pools of the one before spin on for a while
                     worker.time(1)
-                    samples[name].append(worker.time(steps))
+                    samples[name].append(worker.time(steps).wall)
             result["batches"][batch] = summary(network, batch, samples, errors, rates, known["gflops"])
         result["peak_mb"] = {name: worker.peak_bytes() / 1e6 for name, worker in workers.items()}
     return result

@@ -167,7 +167,7 @@ def check_calibration(images: Mapping[str, np.ndarray]) -> None:
 def _batches(model: onnx.ModelProto, images: Mapping[str, np.ndarray], chunk: int
              ) -> tuple[dict[str, np.ndarray], int]:
     """A model of a fixed batch takes whole batches: the first images fill up the last one."""
-    dims = next((v.type.tensor_type.shape.dim for v in model.graph.input if v.name in images), [])
+    dims: Any = next((v.type.tensor_type.shape.dim for v in model.graph.input if v.name in images), ())
     fixed = dims[0].dim_value if dims else 0
     if not fixed:
         return dict(images), chunk

@@ -21,8 +21,11 @@ from export.errors import EnginesmithError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.benchmark import Result as BenchmarkResult
     from pipeline.build import Result as BuildResult
     from pipeline.export import ExportResult
+    from pipeline.record import Run
+    from pipeline.run import Result as RunResult
     from pipeline.verify import Result as VerifyResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -175,6 +178,86 @@ def verify(
     result.check()
 
 
+@app.command()
+def benchmark(
+    model: Artifact,
+    out: Out = Path("artifacts"),
+    runtime: RuntimeNames = None,
+    precision: PrecisionNames = None,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
+    steps: Annotated[int, typer.Option(help="Samples of each configuration, in all rounds together.")] = 100,
+    burn_in: Annotated[str, typer.Option(
+        metavar="auto|N", help="Steps before; auto: until the latency has settled.")] = "auto",
+    min_seconds: Annotated[float, typer.Option(min=0, help="Measure each configuration at least this long.")] = 0.0,
+    rounds: Annotated[int, typer.Option(help="Turns that the configurations take.")] = 5,
+    mode: Annotated[str, typer.Option(
+        metavar="forward|forward-backward", help="forward-backward: TensorFlow's gradients too.")] = "forward",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="CPU threads; 0: the engine's own.")] = "0",
+    concurrency: Annotated[str, typer.Option(metavar="N,...", help="Processes at the same time.")] = "1",
+    images: Annotated[str, typer.Option(metavar="random|DIR", help="What is fed.")] = "random",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda:N")] = "cpu",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an ended run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the run as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure the latency of every engine of MODEL, side by side."""
+    from pipeline import benchmark as stage
+
+    request = stage.Request(
+        model, out, tuple(runtime or ()), tuple(precision or ()), _numbers("batch", batch), steps, _burn_in(burn_in),
+        min_seconds, rounds, mode, _numbers("threads", threads), _numbers("concurrency", concurrency), images, device,
+        fresh=fresh)
+    with _progress(as_json) as progress:
+        result = stage.benchmark(request, progress)
+    if as_json:
+        print(result.path.read_text("utf-8"), end="")
+    else:
+        _print_benchmark(result)
+
+
+@app.command()
+def run(
+    model: Artifact,
+    out: Out = Path("artifacts"),
+    runtime: RuntimeNames = None,
+    precision: PrecisionNames = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda:N", help="Where the engines run.")] = "cpu",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes of the benchmark.")] = "1",
+    steps: Annotated[int, typer.Option(help="Samples of each configuration.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Turns that the configurations take.")] = 5,
+    calibrate: Annotated[str, typer.Option(metavar="random|DIR|FILE", help="Calibration data for int8.")] = "random",
+    max_error: Annotated[float | None, typer.Option(
+        min=0, help="Relative L2 error that the recommended engine may have. Default: its precision's limit.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(min=0, help="Latency that it may have.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build and measure again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and nothing else.")] = False,
+) -> None:
+    """Export, build, verify, benchmark and report MODEL with what this machine has."""
+    from pipeline import run as stage
+
+    request = stage.Request(
+        model, out, tuple(runtime or ()), tuple(precision or ()), device, _numbers("batch", batch), steps, rounds,
+        calibrate, max_error, max_latency_ms, force)
+    with _progress(as_json) as progress:
+        result = stage.run(request, progress)
+    _print_run(result, as_json)
+    result.verified.check()
+
+
+def _numbers(subject: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"{subject} {text!r}", "not a list of numbers", "N,..., e.g. 1,8,32")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _burn_in(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"burn-in {text!r}", "not a number of steps", "auto, or a number")
+    return int(text)
+
+
 def _profile(text: str) -> tuple[int, int, int]:
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
@@ -307,6 +390,62 @@ def _print_build(result: BuildResult) -> None:
             notes.append(f"built {made.file}: {row.why}")
     console.print(table)
     _print_lines(console, [*notes, f"{result.folder / 'engines'}"])
+
+
+def _print_benchmark(result: BenchmarkResult) -> None:
+    from datetime import datetime
+
+    from pipeline import analysis
+
+    created = datetime.fromisoformat(result.run.environment.date).replace(tzinfo=None)
+    for one in result.run.series:
+        if one.status == "measured":
+            print(f"{one.name}:")
+            print("\n".join(analysis.classic_lines(one, created)))
+    _print_latencies(result.run)
+    _print_lines(_console(), [f"{result.path}"])
+
+
+def _print_latencies(run: Run) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from pipeline import analysis
+
+    console = _console()
+    table = Table("configuration", "median ms", "99 % interval", "spread", "images/s", "of limit", "against TensorFlow",
+                  "error", box=SIMPLE_HEAD)
+    for row in analysis.rows(run):
+        median, faster = row.summary.median, row.speedup
+        table.add_row(
+            row.series.name, f"{median.value / 1e6:.3f}", f"{median.low / 1e6:.3f} to {median.high / 1e6:.3f}",
+            f"{row.summary.spread:.1%}", "-" if row.images_per_second is None else f"{row.images_per_second:.1f}",
+            "-" if row.of_limit is None else f"{row.of_limit:.0%}",
+            "-" if faster is None else f"{faster.ratio:.2f} ({faster.low:.2f} to {faster.high:.2f}), {faster.verdict}",
+            "-" if row.series.relative_l2 is None else f"{row.series.relative_l2:.1e}")
+    console.print(table)
+    _print_lines(console, [f"warning: {text}" for text in analysis.warnings(run)])
+
+
+def _print_run(result: RunResult, as_json: bool) -> None:
+    row = result.choice.row
+    latency = None if row is None else row.summary.median.value / 1e6
+    ratio = None if row is None or row.speedup is None else row.speedup.ratio
+    if as_json:
+        print(json.dumps({
+            "folder": str(result.folder), "report": str(result.report), "reason": result.choice.reason,
+            "engine": None if row is None else row.series.engine, "latency_ms": latency, "ratio_to_tensorflow": ratio}))
+        return
+    _print_build(result.built)
+    _print_verify(result.verified)
+    _print_latencies(result.run)
+    if row is None:
+        lines = [f"no engine is recommended: {result.choice.reason}"]
+    else:
+        against = "" if ratio is None else f", {ratio:.2f} times as fast as TensorFlow"
+        lines = [f"recommended: {row.series.name}: {latency:.2f} ms{against}",
+                 f"{result.folder / 'engines' / row.series.engine}"]
+    _print_lines(_console(), [*lines, f"{result.report}"])
 
 
 def _print_verify(result: VerifyResult) -> None:

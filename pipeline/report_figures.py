@@ -117,11 +117,12 @@ def _batches(rows: Sequence[Row]) -> Iterator[Figure]:
 
 
 def _concurrency(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
+    rows = [r for r in rows if r.images_per_second is not None]
     counts = sorted({r.series.concurrency for r in rows})
     if len(counts) < 2:
         return
     data = [{**_line(found[0].series), "x": [r.series.concurrency for r in found], "mode": "lines+markers",
-             "y": _rounded([r.images_per_second or 0.0 for r in found])}
+             "y": _rounded([r.images_per_second for r in found if r.images_per_second])}
             for found in _curves(rows, lambda one: one.concurrency, lambda one: one.batch)]
     layout = {"xaxis": {"title": {"text": "concurrent processes"}, "tickvals": counts},
               "yaxis": {"title": {"text": "images / s"}, "rangemode": "tozero"}}
@@ -234,7 +235,7 @@ def _log(values: Sequence[float]) -> dict[str, Any]:
     low, high = floor(log10(min(values))), ceil(log10(max(values)) + 1e-9)
     ticks = [float(f"{m}e{n}") for n in range(low, high + 1) for m in (1, 2, 5)]
     first = max(t for t in ticks if t <= min(values))
-    last = min((t for t in ticks if t > max(values)), default=ticks[-1])
+    last = min(t for t in ticks if t > max(values))
     decades = log10(last / first) > 3
     shown = [t for t in ticks if first <= t <= last and (not decades or f"{t:e}".startswith("1."))]
     return {"type": "log", "tickvals": shown, "ticktext": [f"{t:g}" for t in shown],
