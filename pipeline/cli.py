@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.build import Result as BuildResult
     from pipeline.export import ExportResult
     from pipeline.record import Run
+    from pipeline.report import Result as ReportResult
     from pipeline.run import Result as RunResult
     from pipeline.verify import Result as VerifyResult
 
@@ -212,6 +213,34 @@ def benchmark(
         print(result.path.read_text("utf-8"), end="")
     else:
         _print_benchmark(result)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(
+        metavar="RUN...", help="Files of benchmark runs, or artifact folders: their newest complete run.")],
+    out: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Folder of the report. Default: report, in the artifact folder of the run.")] = None,
+    baseline: Annotated[Path | None, typer.Option(
+        metavar="RUN", help="Earlier run to compare with; exit 3 if a configuration got slower.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Share by which it may.")] = 0.05,
+    max_error: Annotated[float | None, typer.Option(
+        min=0, help="Relative L2 error that the recommended engine may have. Default: its precision's limit.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(min=0, help="Latency that it may have.")] = None,
+    published: Annotated[bool, typer.Option(
+        "--published", help="Add published figures of other machines, for scale.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+) -> None:
+    """Write RUN... as a page that opens anywhere, and as Markdown, CSV and JSON."""
+    from pipeline import report as stage
+
+    request = stage.Request(tuple(runs), out, baseline, tolerance, max_error, max_latency_ms, published)
+    result = stage.report(request)
+    if as_json:
+        print(json.dumps(result.document))
+    else:
+        _print_report(result)
+    result.check()
 
 
 @app.command()
@@ -425,6 +454,18 @@ def _print_latencies(run: Run) -> None:
             "-" if row.series.relative_l2 is None else f"{row.series.relative_l2:.1e}")
     console.print(table)
     _print_lines(console, [f"warning: {text}" for text in analysis.warnings(run)])
+
+
+def _print_report(result: ReportResult) -> None:
+    from rich.markup import escape
+
+    from pipeline import report_text
+
+    lines = []
+    for part in result.parts:
+        lines += [report_text.summary(part), part.int8, *(f"warning: {text}" for text in part.warnings)]
+        lines += [f"slower: {text}" for text in part.regressions]
+    _print_lines(_console(), [escape(line) for line in (*lines, f"{result.folder / 'index.html'}")])
 
 
 def _print_run(result: RunResult, as_json: bool) -> None:

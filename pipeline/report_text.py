@@ -141,7 +141,9 @@ def name(one: Series) -> str:
 def facts(part: Part) -> dict[str, str]:
     """Where and how it was measured."""
     run, e = part.run, part.run.environment
-    count = {True: "auto", False: str(run.settings.burn_in)}[run.settings.burn_in is None]
+    limits = [f"{x.precision} {x.flops_per_second / 1e9:.0f} GFLOP/s ({x.runtime})" for x in run.limits]
+    if run.bandwidth_bytes_per_second:
+        limits.append(f"memory {run.bandwidth_bytes_per_second / 1e9:.1f} GB/s")
     found = {
         "Measured": f"{e.date}, run {run.run_id}", "Model": f"{run.model}, sha256 {run.model_sha256}",
         "Host": e.host, "System": f"{e.system}, Python {e.python}", "Device": run.device,
@@ -150,9 +152,9 @@ def facts(part: Part) -> dict[str, str]:
         "Frequency": "unknown" if e.frequency_mhz is None else f"{e.frequency_mhz:.0f} MHz",
         "Memory": f"{e.memory_bytes / 1e9:.1f} GB", "Load before": f"{e.load_before:.0%} of the cores",
         "GPU": ", ".join(f"{key} {value}" for key, value in e.gpu.items()),
-        "Limits": "; ".join([f"{x.precision} {x.flops_per_second / 1e9:.0f} GFLOP/s ({x.runtime})" for x in run.limits]
-                            + [f"memory {run.bandwidth_bytes_per_second / 1e9:.1f} GB/s"]),
-        "Settings": f"{run.settings.steps} steps in {run.settings.rounds} rounds, burn-in {count}, at least "
+        "Limits": "; ".join(limits),
+        "Settings": f"{run.settings.steps} steps in {run.settings.rounds} rounds, burn-in "
+                    f"{'auto' if run.settings.burn_in is None else run.settings.burn_in}, at least "
                     f"{run.settings.min_seconds:g} s, images {run.settings.images}, seed {run.settings.seed}",
         "Variables": ", ".join(f"{key}={value}" for key, value in e.variables.items()),
         "Versions": ", ".join(f"{key} {value}" for key, value in e.versions.items())}
