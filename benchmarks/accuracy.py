@@ -9,20 +9,17 @@ calibrated on training images. Needs scikit-learn for the data.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.export import machine
+from benchmarks.common import described, save
 from engines.runtime import BuildRequest, Profile, backend
 from pipeline import build as build_stage
-from pipeline.export import ExportRequest, export, tool_versions
+from pipeline.export import ExportRequest, export
 
 RUNTIMES, PRECISIONS = ("onnxruntime", "openvino"), ("fp32", "fp16", "bf16", "int8")
 HELD_OUT = 500
@@ -98,10 +95,7 @@ def main() -> None:
             rows.append({"runtime": row.runtime, "precision": row.precision, "status": row.status, "top1": top1,
                          "why": row.why if row.receipt is None else ""})
             print(f"{row.runtime:12s} {row.precision:5s} {'refused' if top1 is None else f'{top1:.1%}'}", flush=True)
-    asked.out.write_text(json.dumps(
-        {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": tool_versions(),
-         "command": " ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]), "training_seconds": round(seconds, 1),
-         "held_out": HELD_OUT, "rows": rows}, indent=1) + "\n", "utf-8")
+    save(asked.out, described("accuracy") | {"training_seconds": round(seconds, 1), "held_out": HELD_OUT, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.export import machine, theirs
+from benchmarks.common import described, save
+from benchmarks.export import theirs
 from engines.runtime import BuildRequest, Profile
 from engines.worker import Worker
 from pipeline import build as build_stage
 from pipeline import verify as verify_stage
-from pipeline.export import ExportRequest, export, tool_versions
+from pipeline.export import ExportRequest, export
 
 MATRIX = 2048
 OURS = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "bf16"),
@@ -153,15 +152,13 @@ def main() -> None:
         _, made = theirs(network, Path(path).parent, method)
         made.replace(path)
         return
-    result: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
-                              "versions": tool_versions(), "command": " ".join(["python -m benchmarks.engines",
-                                                                               *sys.argv[1:]]), "networks": []}
+    result: dict[str, Any] = described("engines") | {"networks": []}
     for network in asked.networks.split(","):
         result["networks"].append(measure(network, [int(b) for b in asked.batches.split(",")], asked.rounds,
                                           asked.steps))
         print(f"{network}: build {result['networks'][-1]['build_seconds']} s, cached "
               f"{result['networks'][-1]['cached_build_seconds']} s", flush=True)
-        asked.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        save(asked.out, result)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import described, save
 
 METHODS = ("ours", "ours+checks", "tf2onnx", "keras")
 BEFORE = ("load TensorFlow", "load model")
@@ -104,14 +104,6 @@ def help_seconds() -> float:
     return statistics.median(times)
 
 
-def machine() -> dict[str, Any]:
-    import psutil
-
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return {"cpu": names[0], "cores": psutil.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--worker", nargs=2, metavar=("METHOD", "NETWORK"))
@@ -125,12 +117,8 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
         print(json.dumps({**found, "peak_mb": peak}))
         return
-    from pipeline.export import tool_versions
-
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": tool_versions(),
-        "command": " ".join(["python -m benchmarks.export", *sys.argv[1:]]), "samples": [], "ratios": [], "linear": [],
-        "help_seconds": help_seconds()}
+    result: dict[str, Any] = described("export") | {"samples": [], "ratios": [], "linear": [],
+                                                    "help_seconds": help_seconds()}
     print(f"--help: {result['help_seconds']:.2f} s (median of 7)")
     for network in filter(None, arguments.networks.split(",")):
         rounds = [{method: sample(method, network) for method in METHODS} for _ in range(arguments.rounds)]
@@ -142,11 +130,6 @@ def main() -> None:
         print(f"resnet_v2_{depth}: {row['seconds'] / UNITS[depth] * 1000:.0f} ms for each of {UNITS[depth]} units")
         result["linear"].append({**row, "units": UNITS[depth]})
         save(arguments.out, result)
-
-
-def save(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ ends the stage, and the same command goes on where it ended.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -319,11 +318,6 @@ def _status(request: Request, one: Contestant, number: int, start: float, first:
     left = (monotonic() - start) / (number - first) * (request.rounds - number) if number > first else None
     ends = f", {left:.0f} s left at this batch" if left is not None else ""
     return f"{one.series.name}: round {number + 1} of {request.rounds}{median}{ends}"
-
-
-def ended_by_hand(path: Path) -> str:
-    """What Ctrl-C is answered with."""
-    return f"what was measured is in {path}{os.linesep}the same command goes on from there"
 
 
 if __name__ == "__main__":

@@ -523,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the artifact folder is as it was", file=sys.stderr)
+        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 
