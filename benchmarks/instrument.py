@@ -102,8 +102,8 @@ def against_a_bare_loop(network: str, rounds: int, steps: int) -> dict[str, Any]
     path.unlink()
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     medians = [statistics.median(found) / 1e6 for found in (ours, theirs)]
-    print(f"{network}: ours {medians[0]:.3f} ms, a bare loop {medians[1]:.3f} ms, ratio {ratio:.4f} (median of {rounds} "
-          "rounds)", flush=True)
+    print(f"{network}: ours {medians[0]:.3f} ms, a bare loop {medians[1]:.3f} ms, ratio {ratio:.4f} (median of "
+          f"{rounds} rounds)", flush=True)
     return {"network": network, "ours_ns": ours, "bare_ns": theirs, "ratio": ratio}
 
 

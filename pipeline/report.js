@@ -1,5 +1,6 @@
 // Draws FIGURES, in the page's own colours; again when the reader changes between light and dark.
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const narrow = matchMedia("(max-width: 600px)");
 const coarse = matchMedia("(pointer: coarse)").matches;  // a finger scrolls the page, it does not zoom
 
 function template() {
@@ -16,11 +17,21 @@ function template() {
   } };
 }
 
+// Labels beside points need width; without it, a legend says the same.
+function unlabelled(figure) {
+  const data = figure.data.map(trace => trace.mode === "markers+text" ? { ...trace, mode: "markers" } : trace);
+  return { ...figure, data, layout: { ...figure.layout, showlegend: true } };
+}
+
 function draw() {
-  FIGURES.forEach((figure, i) => Plotly.react(
-    "figure-" + i, figure.data, { ...figure.layout, template: template() },
-    { responsive: true, displaylogo: false, displayModeBar: false }));
+  FIGURES.forEach((figure, i) => {
+    const labelled = figure.data.some(trace => trace.mode === "markers+text");
+    const { data, layout } = narrow.matches && labelled ? unlabelled(figure) : figure;
+    Plotly.react("figure-" + i, data, { ...layout, template: template() },
+                 { responsive: true, displaylogo: false, displayModeBar: false });
+  });
 }
 
 draw();
 dark.addEventListener("change", draw);
+narrow.addEventListener("change", draw);

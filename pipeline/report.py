@@ -86,8 +86,8 @@ def _part(request: Request, run: Run) -> Part:
 
 
 def _compared(parts: tuple[Part, ...], baseline: Run, tolerance: float) -> tuple[Part, ...]:
-    """Each run of the baseline's model and device with it. Raises UsageError where nothing can be compared: no regression found
-    would be no news then."""
+    """Each run of the baseline's model and device with it. Raises UsageError where there is nothing to compare: no
+    regression found would be no news then."""
     same = [p for p in parts if (p.run.model, p.run.device) == (baseline.model, baseline.device)
             and analysis.common(p.run, baseline)]
     if not same:

@@ -36,13 +36,15 @@ SMALLEST_ERROR = 1e-8  # drawn for an error of zero, which a logarithm has no pl
 
 @dataclass(frozen=True)
 class Figure:
-    """`caption`: how to read it. `data` and `layout`: as plotly.js takes them. `height_px` at any width."""
+    """`caption`: how to read it. `data` and `layout`: as plotly.js takes them. `height_px` at any width.
+    `wide`: takes the width of the page, not half of it."""
 
     title: str
     caption: str
     height_px: int
     data: Sequence[dict[str, Any]]
     layout: dict[str, Any]
+    wide: bool = False
 
 
 def figures(run: Run, rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
@@ -53,7 +55,6 @@ def figures(run: Run, rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     yield from _front(alone, choice)
     for mode, batch, found in facets:
         yield _distribution(_where(mode, batch), found)
-    for mode, batch, found in facets:
         yield from _burn_in(_where(mode, batch), [r.series for r in found if r.series.concurrency == 1])
     yield from _batches(alone)
     for mode, batch, found in facets:
@@ -83,8 +84,8 @@ def _distribution(where: str, rows: Sequence[Row]) -> Figure:
               "hoverinfo": "skip"} for r in rows]
     layout = {"showlegend": False, "boxmode": "group", "boxgroupgap": 0.1, "boxgap": 0.25,
               "xaxis": {"title": {"text": "ms"}}, "yaxis": {"autorange": "reversed", "automargin": True}}
-    return Figure(f"Samples, {where}", "Every sample below its box: median, quartiles, and whiskers at 1.5 times "
-                  "their distance.", 90 + 56 * len(rows), data, layout)
+    return Figure(f"Samples, {where}", "Every sample below its box: median, quartiles, and the smallest and "
+                  "largest.", 90 + 56 * len(rows), data, layout)
 
 
 def _burn_in(where: str, found: Sequence[Series]) -> Iterator[Figure]:
@@ -140,12 +141,31 @@ def _front(rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     best = [i for i in range(len(known)) if errors[i] < min(errors[:i], default=np.inf)]
     data = [{"x": [known[i].latency_ms for i in best], "y": [errors[i] for i in best], "mode": "lines",
              "line": {"color": OTHER, "dash": "dot", "width": 1.5}, "showlegend": False, "hoverinfo": "skip"}]
-    data += [_point(r, error, ("top center", "bottom center")[i % 2], r is choice.row)
-             for i, (r, error) in enumerate(zip(known, errors, strict=True))]
+    places = _places([r.latency_ms for r in known], errors)
+    data += [_point(r, error, place, r is choice.row) for r, error, place in zip(known, errors, places, strict=True)]
     layout = {"showlegend": False, "xaxis": {"title": {"text": "median, ms"}, **_log([r.latency_ms for r in known])},
               "yaxis": {"title": {"text": "relative L2 error"}, **_log(errors)}}
     yield Figure(f"Accuracy and latency, batch {batch}", "Lower left is better. The dotted line joins engines that no "
-                 "other beats in both; the recommended one has a ring.", 420, data, layout)
+                 "other beats in both; the recommended one has a ring.", 420, data, layout, wide=True)
+
+
+def _places(xs: Sequence[float], ys: Sequence[float]) -> list[str]:
+    """Of each label, by which few cover each other or a point: positions in plotly's words, on a page of full width.
+
+    A label takes about an eighth of the width and a fifteenth of the height.
+    """
+    spots = {"middle right": (0.07, 0.0), "middle left": (-0.07, 0.0), "top center": (0.0, 0.07),
+             "bottom center": (0.0, -0.07)}
+    points = [(log10(x / min(xs)) / (log10(max(xs) / min(xs)) or 1) * 0.8,
+               log10(y / min(ys)) / (log10(max(ys) / min(ys)) or 1) * 0.8) for x, y in zip(xs, ys, strict=True)]
+    taken, places = list(points), []
+    for x, y in points:
+        covered = {place: sum(abs(x + dx - a) < 0.13 and abs(y + dy - b) < 0.06 for a, b in taken
+                              if (a, b) != (x, y)) for place, (dx, dy) in spots.items()}
+        best = min(spots, key=lambda place: covered[place])
+        taken.append((x + spots[best][0], y + spots[best][1]))
+        places.append(best)
+    return places
 
 
 def _point(row: Row, error: float, place: str, ringed: bool) -> dict[str, Any]:
@@ -234,9 +254,9 @@ def _log(values: Sequence[float]) -> dict[str, Any]:
     """A logarithmic axis from one round number to another, with its ticks at 1, 2, 5; over three decades, at 1."""
     low, high = floor(log10(min(values))), ceil(log10(max(values)) + 1e-9)
     ticks = [float(f"{m}e{n}") for n in range(low, high + 1) for m in (1, 2, 5)]
-    first = max(t for t in ticks if t <= min(values))
-    last = min(t for t in ticks if t > max(values))
-    decades = log10(last / first) > 3
-    shown = [t for t in ticks if first <= t <= last and (not decades or f"{t:e}".startswith("1."))]
+    if max(values) > 1000 * min(values):
+        ticks = ticks[::3]
+    first, last = max(t for t in ticks if t <= min(values)), min(t for t in ticks if t > max(values))
+    shown = [t for t in ticks if first <= t <= last]
     return {"type": "log", "tickvals": shown, "ticktext": [f"{t:g}" for t in shown],
             "range": [log10(first) - 0.05, log10(last) + 0.05]}

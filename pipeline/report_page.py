@@ -52,7 +52,7 @@ def _script_json(figures: Sequence[Figure]) -> str:
 # --- sections --------------------------------------------------------------------------------------------------
 
 def _section(part: Part, figures: Sequence[Figure], first: int, tolerance: float) -> str:
-    plots = "".join(f'<figure><figcaption><b>{escape(f.title)}</b>{escape(f.caption)}</figcaption>'
+    plots = "".join(f'<figure{" class=wide" if f.wide else ""}><figcaption><b>{escape(f.title)}</b>{escape(f.caption)}</figcaption>'
                     f'<div class="plot" id="figure-{first + i}" style="height:{f.height_px}px"></div></figure>\n'
                     for i, f in enumerate(figures))
     return (f'<section>\n<h2>{escape(report_text.label(part.run))}</h2>\n'
@@ -107,7 +107,8 @@ def _facts(part: Part) -> str:
 
 def _configurations(part: Part) -> str:
     marked = [i for i, row in enumerate(part.rows) if row is part.choice.row]
-    return _table([heading for heading, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in part.rows], marked)
+    cells = [[cell(row) for _, cell in COLUMNS] for row in part.rows]
+    return _table([heading for heading, _ in COLUMNS], cells, marked)
 
 
 def _overview(parts: Sequence[Part]) -> str:
