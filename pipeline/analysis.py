@@ -55,6 +55,10 @@ class Choice:
     row: Row | None
     reason: str = ""
 
+    @property
+    def series(self) -> Series | None:
+        return None if self.row is None else self.row.series
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -68,7 +72,7 @@ class Regression:
     high: float
 
     def __str__(self) -> str:
-        return (f"{self.series.name}: {number(self.latency_ms)} ms, was {number(self.baseline_ms)} ms: "
+        return (f"{name(self.series)}: {number(self.latency_ms)} ms, was {number(self.baseline_ms)} ms: "
                 f"{self.ratio:.2f} times as long ({self.low:.2f} to {self.high:.2f})")
 
 
@@ -122,23 +126,23 @@ def warnings(run: Run) -> tuple[str, ...]:
 
 def _doubts(one: Series) -> Iterator[str]:
     if one.status == "failed":
-        yield f"{one.name}: failed: {one.reason}"
+        yield f"{name(one)}: failed: {one.reason}"
         return
     spread, drift = statistics.summary(_samples(one.rounds_ns)).spread, statistics.drift(one.rounds_ns)
     reasons = [state.get("throttle_reasons") for state in one.gpu]
     throttled = sorted({str(why) for found in reasons if isinstance(found, list) for why in found})
     if spread > UNSTEADY:
-        yield f"{one.name}: samples spread by {spread:.0%} of the median."
+        yield f"{name(one)}: samples spread by {spread:.0%} of the median."
     if drift > UNSTEADY:
-        yield f"{one.name}: medians of the rounds differ by {drift:.0%}."
+        yield f"{name(one)}: medians of the rounds differ by {drift:.0%}."
     if max(one.load, default=0.0) > BUSY:
-        yield f"{one.name}: other processes took up to {max(one.load):.0%} of the cores."
+        yield f"{name(one)}: other processes took up to {max(one.load):.0%} of the cores."
     if throttled:
-        yield f"{one.name}: the GPU held back its clocks ({', '.join(throttled)})."
+        yield f"{name(one)}: the GPU held back its clocks ({', '.join(throttled)})."
     if not one.settled:
-        yield f"{one.name}: times had not settled after {len(one.burn_in_ns)} steps of burn-in."
+        yield f"{name(one)}: times had not settled after {len(one.burn_in_ns)} steps of burn-in."
     if len(one.rounds_ns) < FEWEST_ROUNDS:
-        yield f"{one.name}: fewer than {FEWEST_ROUNDS} rounds, so that drift between them stays unseen."
+        yield f"{name(one)}: fewer than {FEWEST_ROUNDS} rounds, so that drift between them stays unseen."
 
 
 def recommended(run: Run, max_error: float | None = None, max_latency_ms: float | None = None,
@@ -152,11 +156,11 @@ def recommended(run: Run, max_error: float | None = None, max_latency_ms: float 
     if not asked:
         return Choice(None, "no forward pass was measured" + (f" at batch {batch}" if batch else ""))
     if not exact:
-        known = [f"{r.series.name} {r.series.relative_l2:.1e}" for r in asked if r.series.relative_l2 is not None]
+        known = [f"{name(r.series)} {r.series.relative_l2:.1e}" for r in asked if r.series.relative_l2 is not None]
         return Choice(None, "no engine is within the error limit: " + ("; ".join(known) or "no error is known"))
     if max_latency_ms is not None and exact[0].latency_ms > max_latency_ms:
         return Choice(None, f"no engine within the error limit answers in {max_latency_ms:g} ms: the fastest, "
-                            f"{exact[0].series.name}, takes {number(exact[0].latency_ms)} ms")
+                            f"{name(exact[0].series)}, takes {number(exact[0].latency_ms)} ms")
     return Choice(exact[0])
 
 
@@ -249,6 +253,11 @@ def _median_ms(one: Series) -> float:
 def title(one: Series) -> str:
     """For people: `ONNX Runtime int8`."""
     return f"{TITLES.get(one.runtime, one.runtime)} {one.precision}"
+
+
+def name(one: Series) -> str:
+    """Series.name with the runtime as people write it: `ONNX Runtime int8, batch 8`."""
+    return title(one) + one.name.removeprefix(f"{one.runtime} {one.precision}")
 
 
 def number(value: float) -> str:

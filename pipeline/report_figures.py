@@ -6,7 +6,7 @@ the page sets them, for light and for dark.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -49,27 +49,27 @@ class Figure:
 
 def figures(run: Run, rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     """Those that the run has numbers for."""
-    facets = [(mode, batch, list(found)) for (mode, batch), found in groupby(
-        sorted(rows, key=lambda r: (r.series.mode, r.series.batch)), lambda r: (r.series.mode, r.series.batch))]
     alone = [r for r in rows if r.series.concurrency == 1]
     yield from _front(alone, choice)
-    for mode, batch, found in facets:
-        yield _distribution(_where(mode, batch), found)
-        yield from _burn_in(_where(mode, batch), [r.series for r in found if r.series.concurrency == 1])
+    for where, found in _facets(rows, lambda r: (r.series.mode, r.series.batch, r.series.concurrency)):
+        yield _distribution(where, found)
+        yield from _burn_in(where, [r.series for r in found])
+        yield from _ladder(where, found)
     yield from _batches(alone)
-    for mode, batch, found in facets:
-        yield from _concurrency(_where(mode, batch), found)
-        yield from _ladder(_where(mode, batch), found)
+    for where, found in _facets(rows, lambda r: (r.series.mode, r.series.batch)):
+        yield from _concurrency(where, found)
 
 
-def _where(mode: str, batch: int) -> str:
-    return f"{'' if mode == 'forward' else mode + ', '}batch {batch}"
+def _facets(rows: Sequence[Row], key: Callable[[Row], tuple[str | int, ...]]) -> Iterator[tuple[str, list[Row]]]:
+    """(what they have in common, the rows) for each value of `key`: mode, batch, perhaps concurrency."""
+    for (mode, batch, *count), found in groupby(sorted(rows, key=key), key):
+        processes = f", {count[0]} processes" if count and count[0] != 1 else ""
+        yield f"{'' if mode == 'forward' else f'{mode}, '}batch {batch}{processes}", list(found)
 
 
 def label(one: Series) -> str:
     """What sets a configuration apart within its figure, escaped."""
-    more = (f", {one.threads} threads" if one.threads else "") + (f" ×{one.concurrency}" if one.concurrency > 1 else "")
-    return escape(title(one) + more)
+    return escape(title(one) + (f", {one.threads} threads" if one.threads else ""))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def _burn_in(where: str, found: Sequence[Series]) -> Iterator[Figure]:
     layout = {"xaxis": {"title": {"text": "step; those before 0 are burn-in"}, "zeroline": True, "zerolinewidth": 2},
               "yaxis": {"title": {"text": "time / final median"}, **_log(values)}}
     yield Figure(f"Burn-in, {where}", "Time of a step relative to the median of all that were measured. A curve that "
-                 "is level from step 0 on had settled.", 360, data, layout)
+                 "is level from step 0 on had settled.", 340 + 14 * len(drawn), data, layout)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -114,7 +114,7 @@ def _batches(rows: Sequence[Row]) -> Iterator[Figure]:
             for found in _curves(rows, lambda one: one.batch, lambda one: one.mode)]
     layout = {"xaxis": {"title": {"text": "batch size"}, "type": "log", "tickvals": sizes},
               "yaxis": {"title": {"text": "ms"}, **_log([r.latency_ms for r in rows])}}
-    yield Figure("Latency and batch size", "Median time of a step with its 95 % interval.", 400, data, layout)
+    yield Figure("Latency and batch size", "Median time of a step with its 95 % interval.", 340 + 14 * len(data), data, layout)
 
 
 def _concurrency(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
@@ -127,13 +127,13 @@ def _concurrency(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
             for found in _curves(rows, lambda one: one.concurrency, lambda one: one.batch)]
     layout = {"xaxis": {"title": {"text": "concurrent processes"}, "tickvals": counts},
               "yaxis": {"title": {"text": "images / s"}, "rangemode": "tozero"}}
-    yield Figure(f"Throughput and concurrency, {where}", "All processes together.", 400, data, layout)
+    yield Figure(f"Throughput and concurrency, {where}", "All processes together.", 340 + 14 * len(data), data, layout)
 
 
 def _front(rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     known = sorted((r for r in rows if r.series.relative_l2 is not None and r.series.mode == "forward"),
                    key=lambda r: r.latency_ms)
-    batch = choice.row.series.batch if choice.row else min((r.series.batch for r in known), default=0)
+    batch = choice.series.batch if choice.series else min((r.series.batch for r in known), default=0)
     known = [r for r in known if r.series.batch == batch]
     if not known:
         return
@@ -142,7 +142,7 @@ def _front(rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     data = [{"x": [known[i].latency_ms for i in best], "y": [errors[i] for i in best], "mode": "lines",
              "line": {"color": OTHER, "dash": "dot", "width": 1.5}, "showlegend": False, "hoverinfo": "skip"}]
     places = _places([r.latency_ms for r in known], errors)
-    data += [_point(r, error, place, r is choice.row) for r, error, place in zip(known, errors, places, strict=True)]
+    data += [_point(r, error, place, r.series is choice.series) for r, error, place in zip(known, errors, places, strict=True)]
     layout = {"showlegend": False, "xaxis": {"title": {"text": "median, ms"}, **_log([r.latency_ms for r in known])},
               "yaxis": {"title": {"text": "relative L2 error"}, **_log(errors)}}
     yield Figure(f"Accuracy and latency, batch {batch}", "Lower left is better. The dotted line joins engines that no "
@@ -187,7 +187,7 @@ def _ladder(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
     data = [{"type": "bar", "orientation": "h", "name": name, "y": [label(r.series) for r in drawn],
              "x": _rounded([part[i] for part in parts]), "marker": {"color": colour}}
             for i, (_, name, colour) in enumerate(STEPS)]
-    layout = {"barmode": "stack", "xaxis": {"title": {"text": "ms"}},
+    layout = {"barmode": "stack", "legend": {"traceorder": "normal"}, "xaxis": {"title": {"text": "ms"}},
               "yaxis": {"autorange": "reversed", "automargin": True}}
     yield Figure(f"Where the time goes, {where}", "Medians by CUDA events; call overhead is what is left of the whole "
                  "call.", 140 + 40 * len(drawn), data, layout)

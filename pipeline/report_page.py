@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from pipeline import report_figures, report_text
-from pipeline.analysis import Row, number
+from pipeline.analysis import Row, name, number
 from pipeline.report_figures import Figure
 from pipeline.report_text import COLUMNS, Part
 
@@ -74,7 +74,7 @@ def _card(row: Row | None) -> str:
     shown += [("Relative error", f"{one.relative_l2:.1e}"), ("Size", f"{one.size_bytes / 1e6:.1f} MB")]
     numbers = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in shown)
     engine = f"<p><code>{escape(one.engine)}</code></p>" if one.engine else ""
-    return (f'<div class="card"><h3>Recommended: {escape(report_text.name(one))}</h3><dl>{numbers}</dl>'
+    return (f'<div class="card"><h3>Recommended: {escape(name(one))}</h3><dl>{numbers}</dl>'
             f"{engine}</div>\n")
 
 
@@ -106,7 +106,7 @@ def _facts(part: Part) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------
 
 def _configurations(part: Part) -> str:
-    marked = [i for i, row in enumerate(part.rows) if row is part.choice.row]
+    marked = [i for i, row in enumerate(part.rows) if row.series is part.choice.series]
     cells = [[cell(row) for _, cell in COLUMNS] for row in part.rows]
     return _table([heading for heading, _ in COLUMNS], cells, marked)
 

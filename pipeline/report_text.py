@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from pipeline import analysis, statistics
-from pipeline.analysis import Choice, Regression, Row, number, title
+from pipeline.analysis import Choice, Regression, Row, name, number, title
 from pipeline.record import Run, Series
 from pipeline.statistics import Percentile
 
@@ -118,24 +118,19 @@ def _known(value: float | None, form: str) -> str:
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Configuration", lambda r: name(r.series)),
     ("Median, ms (95 % interval)", _median),
-    ("Mean ± std, ms", lambda r: f"{number(r.summary.mean / 1e6)} ± {r.summary.std / 1e6:.2g}"),
+    ("Mean ± std, ms", lambda r: f"{number(r.summary.mean / 1e6)} ± {_two_digits(r.summary.std / 1e6)}"),
     ("Spread", lambda r: f"{r.summary.spread:.1%}"),
     ("p90, ms", lambda r: _percentile(r, 90)),
     ("p95, ms", lambda r: _percentile(r, 95)),
     ("p99, ms", lambda r: _percentile(r, 99)),
     ("Images / s", lambda r: "–" if r.images_per_second is None else number(r.images_per_second)),
     ("Times TensorFlow's speed (95 % interval)", _speedup),
-    ("Relative L2 error against Keras", lambda r: _known(r.series.relative_l2, "{:.1e}")),
-    ("Share of the machine's limit", lambda r: _known(r.of_limit, "{:.0%}")),
+    ("Relative error against Keras", lambda r: _known(r.series.relative_l2, "{:.1e}")),
+    ("Share of the limit", lambda r: _known(r.of_limit, "{:.0%}")),
     ("Size, MB", lambda r: f"{r.series.size_bytes / 1e6:.1f}"),
     ("Build, s", lambda r: f"{r.series.build_seconds:.1f}"),
     ("Peak memory, MB", lambda r: f"{r.series.peak_bytes / 1e6:.0f}"),
 )
-
-
-def name(one: Series) -> str:
-    """Series.name, with the runtime as people write it."""
-    return title(one) + one.name.removeprefix(f"{one.runtime} {one.precision}")
 
 
 def facts(part: Part) -> dict[str, str]:
@@ -192,7 +187,7 @@ def _flat(part: Part, one: Series) -> dict[str, Any]:
         "run_id": part.run.run_id, "model": part.run.model, "host": part.run.environment.host,
         "device": part.run.device, "runtime": one.runtime, "precision": one.precision, "batch": one.batch,
         "threads": one.threads, "concurrency": one.concurrency, "mode": one.mode, "status": one.status,
-        "reason": one.reason, "recommended": row is not None and row is part.choice.row,
+        "reason": one.reason, "recommended": one is part.choice.series,
         "samples": sum(map(len, one.rounds_ns)), "rounds": len(one.rounds_ns), "burn_in_steps": len(one.burn_in_ns),
         "settled": one.settled,
         "latency_ms": s and s.median.value / 1e6, "latency_low_ms": s and s.median.low / 1e6,

@@ -29,7 +29,7 @@ def series(runtime: str = "onnxruntime", precision: str = "fp32", milliseconds: 
     """Measured, steady and settled, unless `changes` say otherwise."""
     measured: Rounds = changes.pop("rounds_ns", None) or rounds(milliseconds, seed)
     count = changes.get("concurrency", 1)
-    burn_in = tuple(int(milliseconds * 1e6 * (1 + 2.5 * 0.6 ** i)) for i in range(12))
+    burn_in = tuple(int(milliseconds * 1e6 * (1 + (2 + seed % 5) * (0.5 + seed % 7 / 20) ** i)) for i in range(12))
     one = Series(
         runtime, precision, batch=1, threads=0, concurrency=1, mode="forward", status="measured",
         engine=f"{runtime}-{precision}-0123456789ab.onnx", burn_in_ns=burn_in, settled=True, rounds_ns=measured,
