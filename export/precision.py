@@ -116,8 +116,10 @@ def _write(model: onnx.ModelProto, target: Path) -> None:
 # --- int8 ------------------------------------------------------------------------------------------------------
 
 def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarray], method: str = "minmax",
-            keep: Iterable[str] = (), chunk: int = 4) -> None:
+            keep: Iterable[str] = (), chunk: int = 4, cache: Path | None = None) -> None:
     """Writes the int8 variant, calibrated on `images` (input name -> (count, ...)), `chunk` of them at a time.
+
+    `cache`: where the ranges of all tensors are kept for the next call with the same model, images and method.
 
     The nodes named in `keep` stay in float32. Raises UsageError for calibration data that is not finite.
     """
@@ -138,7 +140,8 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
         q.quantize_static(str(prepared), str(target), _Reader(*_batches(ready, images, chunk)), quant_format=q.QuantFormat.QDQ,
                           per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
                           weight_type=q.QuantType.QInt8, calibrate_method=q.CalibrationMethod[METHODS[method]],
-                          nodes_to_exclude=in_float, extra_options=extra)
+                          nodes_to_exclude=in_float,
+                          extra_options=extra, calibration_cache_path=cache)
     _write(_with_shared_scales(onnx.load(target)), target)
 
 

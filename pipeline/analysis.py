@@ -85,10 +85,11 @@ def rows(run: Run) -> tuple[Row, ...]:
 
 def _row(run: Run, one: Series) -> Row:
     samples = _samples(one.rounds_ns)
-    wall, summary, slower = sum(one.wall_ns), statistics.summary(samples), _tensorflow(run, one)
-    step_ns = summary.median.value if one.concurrency == 1 else wall / len(samples)
+    summary, slower = statistics.summary(samples), _tensorflow(run, one)
+    busy = samples if one.concurrency == 1 else one.wall_ns  # the samples of processes that run together overlap
+    step_ns = summary.median.value if one.concurrency == 1 else sum(one.wall_ns) / len(samples)
     least = _least_seconds(run, one)
-    return Row(one, summary, statistics.throughput(one.batch * len(samples), wall) if wall else None,
+    return Row(one, summary, statistics.throughput(one.batch * len(samples), busy) if busy else None,
                least * 1e9 / step_ns if least and step_ns else None,
                None if slower is None else statistics.compare(slower.rounds_ns, one.rounds_ns))
 

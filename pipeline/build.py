@@ -165,12 +165,14 @@ def _variant(request: Request, held: Workspace, variant: str, progress: Progress
     progress(f"{variant} model")
     images = _calibration(request, manifest) if integer or request.limits != Limits() else {}
 
+    ranges = None if request.limits == Limits() else held.folder / f"calibration.json{workspace.NEW}"
+
     def make(path: Path, more: tuple[str, ...]) -> None:
         keep = request.keep + more
         if variant == "fp8":
             precision.to_fp8(source, path, images, keep)
         elif integer:
-            precision.to_int8(source, path, variant, images, request.method, keep)
+            precision.to_int8(source, path, variant, images, request.method, keep, cache=ranges)
         else:
             (precision.autocast if request.autocast else precision.to_half)(source, path, variant, keep)
 

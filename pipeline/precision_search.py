@@ -59,9 +59,12 @@ def search(source: Path, make: Make, images: Mapping[str, np.ndarray], limits: L
 
 
 def _without_needless(kept: tuple[str, ...], enough: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
-    """`kept` without what can go, halves first, then quarters, down to single layers (Zeller's delta debugging)."""
-    size = len(kept) // 2
-    while size:
+    """`kept` without what can go, halves first, then quarters (Zeller's delta debugging).
+
+    It goes down to a sixteenth, or to single layers where there are few: a trial takes seconds.
+    """
+    size, smallest = len(kept) // 2, max(1, len(kept) // 16)
+    while size >= smallest:
         start = 0
         while start < len(kept):
             fewer = kept[:start] + kept[start + size:]
