@@ -6,6 +6,7 @@ whole GPU, and thread pools fight for cores: a fair comparison, and a working on
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -137,17 +138,19 @@ def _serve(pipe: Connection, request: BuildRequest) -> None:
     if request.options.threads:
         os.environ["TF_NUM_INTRAOP_THREADS"] = str(request.options.threads)  # TensorFlow reads it once, at its start
     engine = _Engine(request)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone, or needs nothing more
+        while True:
             name, arguments = pipe.recv()
-        except (EOFError, OSError, KeyboardInterrupt):
-            return
-        try:
-            pipe.send(("value", getattr(engine, name)(*arguments)))
-        except EngineError as error:
-            pipe.send(("error", _Carried(str(error), type(error))))
-        except Exception:
-            pipe.send(("bug", traceback.format_exc()))
+            pipe.send(_answer(engine, name, arguments))
+
+
+def _answer(engine: _Engine, name: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    try:
+        return "value", getattr(engine, name)(*arguments)
+    except EngineError as error:
+        return "error", _Carried(str(error), type(error))
+    except Exception:
+        return "bug", traceback.format_exc()
 
 
 class _Carried(EngineError):
