@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pipeline.run import Result as RunResult
     from pipeline.verify import Result as VerifyResult
 
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Keras networks to verified ONNX models and the fastest engines that run them.")
 
@@ -361,7 +363,7 @@ def _console() -> Console:
     """The terminal's width, or one that every table fits into."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -442,16 +444,19 @@ def _print_latencies(run: Run) -> None:
     from pipeline import analysis
 
     console = _console()
-    table = Table("configuration", "median ms", "99 % interval", "spread", "images/s", "of limit", "against TensorFlow",
-                  "error", box=SIMPLE_HEAD)
-    for row in analysis.rows(run):
-        median, faster = row.summary.median, row.speedup
+    rows = analysis.rows(run)
+    varied = [name for name in ("threads", "concurrency") if len({getattr(r.series, name) for r in rows}) > 1]
+    table = Table("runtime", "precision", "batch", *varied, "median ms", "99 % interval", "spread", "images/s",
+                  "of limit", "times TensorFlow's speed", "error", box=SIMPLE_HEAD)
+    for row in rows:
+        one, median, faster = row.series, row.summary.median, row.speedup
         table.add_row(
-            row.series.name, f"{median.value / 1e6:.3f}", f"{median.low / 1e6:.3f} to {median.high / 1e6:.3f}",
+            one.runtime, one.precision, str(one.batch), *(str(getattr(one, name)) for name in varied),
+            f"{median.value / 1e6:.2f}", f"{median.low / 1e6:.2f}-{median.high / 1e6:.2f}",
             f"{row.summary.spread:.1%}", "-" if row.images_per_second is None else f"{row.images_per_second:.1f}",
             "-" if row.of_limit is None else f"{row.of_limit:.0%}",
-            "-" if faster is None else f"{faster.ratio:.2f} ({faster.low:.2f} to {faster.high:.2f}), {faster.verdict}",
-            "-" if row.series.relative_l2 is None else f"{row.series.relative_l2:.1e}")
+            "-" if faster is None else f"{faster.ratio:.2f} ({faster.low:.2f}-{faster.high:.2f}) {faster.verdict}",
+            "-" if one.relative_l2 is None else f"{one.relative_l2:.1e}")
     console.print(table)
     _print_lines(console, [f"warning: {text}" for text in analysis.warnings(run)])
 
@@ -522,9 +527,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (EnginesmithError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def run_stage(stage: str) -> None:

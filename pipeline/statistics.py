@@ -19,11 +19,12 @@ Samples = Sequence[float] | np.ndarray  # (n,), in the order of time
 Rounds = Sequence[Samples] | np.ndarray  # [round][sample]; rounds may differ in length, an empty one counts for nothing
 
 PERCENTILES = (90, 95, 99)
+CONFIDENCE = 0.99  # of a percentile's interval
 SHORTEST = 10  # fewer samples than this are never settled
 WINDOW = 20  # samples that a test for a trend looks at, where there are so many
 SIGNIFICANT = 0.05  # a trend this improbable without drift is one
 NEGLIGIBLE = 0.002  # a drift too small to matter, relative
-INTERVAL = 0.95  # nominal confidence of a comparison; simulated it holds 0.95 or more
+INTERVAL = 0.95  # nominal confidence of a comparison; in simulations it holds the truth about as often, or more
 TRIMMED = 0.2  # share of the rounds that a comparison leaves out at either end
 RESAMPLES = 5000
 
@@ -60,7 +61,7 @@ class Comparison:
     verdict: str
 
 
-def samples_needed(q: int, confidence: float = 0.99) -> int:
+def samples_needed(q: int, confidence: float = CONFIDENCE) -> int:
     """The fewest samples from which percentile `q`, 1 to 99, can be told: 64 for the 90th, 130 for the 95th, 662 for
     the 99th at 99 % confidence.
 
@@ -73,20 +74,22 @@ def samples_needed(q: int, confidence: float = 0.99) -> int:
     return next(n for n in itertools.count(2) if within**n + n * beyond * within ** (n - 1) <= 1 - confidence)
 
 
-def percentile(samples: Samples, q: int, confidence: float = 0.99) -> Percentile | None:
+def percentile(samples: Samples, q: int, confidence: float = CONFIDENCE) -> Percentile | None:
     """Percentile `q`, 1 to 99, interpolated linearly as NumPy does (Hyndman and Fan 1996, type 7); None if the samples
     are too few to tell it or its mirror image, 100 - q. The median always has a value.
 
     The interval runs from one order statistic to another, by the binomial distribution of how many samples lie below
-    the percentile (David and Nagaraja, Order Statistics, 2003, 7.1): no assumption but independence, and never less
-    than `confidence`. Where no order statistic goes so far, it ends at the smallest or largest. Raises ValueError.
+    the percentile (David and Nagaraja, Order Statistics, 2003): no assumption but independence, and not less than
+    `confidence`. Where no order statistic goes so far, it ends at the smallest or largest. Raises ValueError.
     """
     ordered, needed = _ordered(samples), samples_needed(max(q, 100 - q), confidence)
-    if q != 50 and len(ordered) < needed:
-        return None
-    count, half = len(ordered), (1 - confidence) / 2
-    first = max(int(stats.binom.ppf(half, count, q / 100)) - 1, 0)
-    last = min(int(stats.binom.isf(half, count, q / 100)), count - 1)
+    return None if q != 50 and len(ordered) < needed else _percentile(ordered, q, confidence)
+
+
+def _percentile(ordered: np.ndarray, q: int, confidence: float) -> Percentile:
+    count, beyond = len(ordered), (1 - confidence) / 2
+    first = max(int(stats.binom.ppf(beyond, count, q / 100)) - 1, 0)
+    last = min(int(stats.binom.isf(beyond, count, q / 100)), count - 1)
     return Percentile(float(np.percentile(ordered, q)), float(ordered[first]), float(ordered[last]))
 
 
@@ -94,11 +97,9 @@ def summary(samples: Samples) -> Summary:
     """Of the samples (n,), in their unit. The standard deviation is sqrt(mean of squares - square of mean), as the
     classic benchmark loop prints it, computed from the deviations, which do not cancel. Raises ValueError for none."""
     ordered = _ordered(samples)
-    median = percentile(ordered, 50)
-    assert median is not None
-    low, high = np.percentile(ordered, (25, 75))
-    return Summary(len(ordered), float(np.mean(ordered)), float(np.std(ordered)), median,
-                   {q: percentile(ordered, q) for q in PERCENTILES}, _relative(high - low, median.value))
+    low, middle, high = np.percentile(ordered, (25, 50, 75))
+    return Summary(len(ordered), float(np.mean(ordered)), float(np.std(ordered)), _percentile(ordered, 50, CONFIDENCE),
+                   {q: percentile(ordered, q) for q in PERCENTILES}, _relative(high - low, middle))
 
 
 def throughput(images: int, wall_ns: Sequence[int]) -> float:
