@@ -1,4 +1,4 @@
-# make run    the main job, on resnet_v2_50; another network by MODEL=...
+# make run    export to report, of resnet_v2_50; another network by MODEL=...
 # make test   the tests, in an environment of their own
 # make test-gpu   the tests that need an NVIDIA GPU, in another environment
 PYTHON ?= python3.11
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .PHONY: run test lint test-gpu
 run: $(VENV)/.ready
-	$(BIN)/python -m pipeline.export $(MODEL)
+	$(BIN)/python -m pipeline.run $(MODEL)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
