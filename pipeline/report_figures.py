@@ -114,7 +114,7 @@ def _batches(rows: Sequence[Row]) -> Iterator[Figure]:
             for found in _curves(rows, lambda one: one.batch, lambda one: one.mode)]
     layout = {"xaxis": {"title": {"text": "batch size"}, "type": "log", "tickvals": sizes},
               "yaxis": {"title": {"text": "ms"}, **_log([r.latency_ms for r in rows])}}
-    yield Figure("Latency and batch size", "Median time of a step with its 95 % interval.", 340 + 14 * len(data), data, layout)
+    yield Figure("Latency and batch size", "Median time of a step with its 99 % interval.", 340 + 14 * len(data), data, layout)
 
 
 def _concurrency(where: str, rows: Sequence[Row]) -> Iterator[Figure]:

@@ -117,7 +117,7 @@ def _known(value: float | None, form: str) -> str:
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Configuration", lambda r: name(r.series)),
-    ("Median, ms (95 % interval)", _median),
+    ("Median, ms (99 % interval)", _median),
     ("Mean ± std, ms", lambda r: f"{number(r.summary.mean / 1e6)} ± {_two_digits(r.summary.std / 1e6)}"),
     ("Spread", lambda r: f"{r.summary.spread:.1%}"),
     ("p90, ms", lambda r: _percentile(r, 90)),
