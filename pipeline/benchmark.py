@@ -35,7 +35,7 @@ from pipeline.record import Run, Series, Settings
 from pipeline.workspace import ENGINES, Workspace
 
 BENCHMARKS = "benchmarks"
-BURN_IN_LEAST, BURN_IN_MOST, BURN_IN_AT_ONCE = 10, 200, 5  # steps
+BURN_IN_LEAST, BURN_IN_ASK, BURN_IN_MOST = 10, 20, 200  # steps: a few looks at a long window, not many at a short one
 BURN_IN_SECONDS = 20.0  # auto stops there, settled or not
 REWARM = 2  # steps at the start of each round
 BYTES = {"fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}  # of a weight; the others have four
@@ -285,11 +285,12 @@ def _burnt_in(request: Request, workers: Sequence[Worker]) -> tuple[tuple[int, .
     if request.burn_in is not None:
         samples += _together(workers, request.burn_in)[0].wall if request.burn_in else []
         return tuple(samples), stats.settled(samples)
-    while len(samples) < BURN_IN_LEAST or (len(samples) < BURN_IN_MOST and sum(samples) < BURN_IN_SECONDS * 1e9):
-        samples += _together(workers, BURN_IN_AT_ONCE)[0].wall
-        if len(samples) >= BURN_IN_LEAST and stats.settled(samples):
-            return tuple(samples), True
-    return tuple(samples), False
+    while True:
+        samples += _together(workers, BURN_IN_LEAST)[0].wall
+        settled = stats.settled(samples)
+        if (settled and len(samples) >= BURN_IN_ASK) or len(samples) >= BURN_IN_MOST \
+                or sum(samples) >= BURN_IN_SECONDS * 1e9:
+            return tuple(samples), settled
 
 
 def _together(workers: Sequence[Worker], steps: int) -> list[Timings]:
