@@ -108,10 +108,15 @@ def _least_seconds(run: Run, one: Series) -> float | None:
 
 def _tensorflow(run: Run, one: Series) -> Series | None:
     """What `one` is compared with: best with the same threads, and in float32."""
-    found = [s for s in run.series if s.runtime == BASELINE and s.status == "measured"
+    found = [s for s in run.series if s.runtime == BASELINE and s.status == "measured" and _side_by_side(s, one)
              and (s.batch, s.concurrency, s.mode) == (one.batch, one.concurrency, one.mode)]
     best = min(found, key=lambda s: (s.threads != one.threads, s.precision != "fp32"), default=None)
     return None if best is one else best
+
+
+def _side_by_side(one: Series, other: Series) -> bool:
+    """Whether a round has samples of both: a run that was stopped may have none."""
+    return any(a and b for a, b in zip(one.rounds_ns, other.rounds_ns, strict=False))
 
 
 # --- sentences -------------------------------------------------------------------------------------------------
@@ -133,9 +138,9 @@ def _doubts(one: Series) -> Iterator[str]:
     reasons = [state.get("throttle_reasons") for state in one.gpu]
     throttled = sorted({str(why) for found in reasons if isinstance(found, list) for why in found})
     if spread > UNSTEADY:
-        yield f"{name(one)}: samples spread by {spread:.0%} of the median."
+        yield f"{name(one)}: half of the samples spread over {spread:.0%} of the median."
     if drift > UNSTEADY:
-        yield f"{name(one)}: medians of the rounds differ by {drift:.0%}."
+        yield f"{name(one)}: the median of a round is off by {drift:.0%}."
     if max(one.load, default=0.0) > BUSY:
         yield f"{name(one)}: other processes took up to {max(one.load):.0%} of the cores."
     if throttled:
@@ -150,19 +155,25 @@ def recommended(run: Run, max_error: float | None = None, max_latency_ms: float 
                 batch: int | None = None) -> Choice:
     """The fastest forward pass of one process at `batch` (None: the smallest measured) among engines whose relative L2
     error is known and within `max_error` (None: the limit of their precision)."""
-    alone = [r for r in rows(run) if r.series.concurrency == 1 and r.series.mode == "forward"]
-    batch = min((r.series.batch for r in alone), default=None) if batch is None else batch
-    asked = sorted((r for r in alone if r.series.batch == batch), key=lambda r: r.latency_ms)
-    exact = [r for r in asked if within(r.series, max_error)]
+    alone = _alone(run)
+    batch = min((s.batch for s in alone), default=None) if batch is None else batch
+    asked = [s for s in alone if s.batch == batch]
+    exact = [s for s in asked if within(s, max_error)]
     if not asked:
         return Choice(None, "no forward pass was measured" + (f" at batch {batch}" if batch else ""))
     if not exact:
-        known = [f"{name(r.series)} {r.series.relative_l2:.1e}" for r in asked if r.series.relative_l2 is not None]
+        known = [f"{name(s)} {s.relative_l2:.1e}" for s in asked if s.relative_l2 is not None]
         return Choice(None, "no engine is within the error limit: " + ("; ".join(known) or "no error is known"))
-    if max_latency_ms is not None and exact[0].latency_ms > max_latency_ms:
+    if max_latency_ms is not None and _median_ms(exact[0]) > max_latency_ms:
         return Choice(None, f"no engine within the error limit answers in {max_latency_ms:g} ms: the fastest, "
-                            f"{name(exact[0].series)}, takes {number(exact[0].latency_ms)} ms")
-    return Choice(exact[0])
+                            f"{name(exact[0])}, takes {number(_median_ms(exact[0]))} ms")
+    return Choice(_row(run, exact[0]))
+
+
+def _alone(run: Run) -> list[Series]:
+    """Forward passes of one process, the fastest first."""
+    return sorted((s for s in run.series if (s.status, s.concurrency, s.mode) == ("measured", 1, "forward")),
+                  key=_median_ms)
 
 
 def within(one: Series, max_error: float | None = None) -> bool:
@@ -173,24 +184,23 @@ def within(one: Series, max_error: float | None = None) -> bool:
 
 def int8_worth(run: Run) -> str:
     """Was int8 worth it? The fastest int8 engine against the fastest float32 one, at the smallest batch of both."""
-    alone = [r for r in rows(run) if r.series.concurrency == 1 and r.series.mode == "forward"]
-    both = {r.series.batch for r in alone if r.series.precision == "int8"} \
-        & {r.series.batch for r in alone if r.series.precision == "fp32"}
-    if not both:
+    fastest = {(s.batch, s.precision): s for s in reversed(_alone(run))}
+    pairs = [(one, fastest[batch, "fp32"]) for (batch, precision), one in sorted(fastest.items())
+             if precision == "int8" and (batch, "fp32") in fastest and _side_by_side(one, fastest[batch, "fp32"])]
+    if not pairs:
         return "No int8 engine was measured beside a float32 one."
-    small, full = (min((r for r in alone if r.series.batch == min(both) and r.series.precision == name),
-                       key=lambda r: r.latency_ms) for name in ("int8", "fp32"))
-    ratio = statistics.compare(full.series.rounds_ns, small.series.rounds_ns)
-    return f"{_worth(small, full, ratio)} {_price(small.series, full.series)}"
+    small, full = pairs[0]
+    return f"{_worth(small, full)} {_price(small, full)}"
 
 
-def _worth(small: Row, full: Row, ratio: Comparison) -> str:
-    interval = f"{ratio.ratio:.2f} times the speed, 95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+def _worth(small: Series, full: Series) -> str:
+    ratio = statistics.compare(full.rounds_ns, small.rounds_ns)
     verdict = {"faster": "Yes", "slower": "No"}.get(ratio.verdict, "No difference told apart")
-    if ratio.verdict == "faster" and not within(small.series):
+    if ratio.verdict == "faster" and not within(small):
         verdict = "Faster, but not within the error limit"
-    return (f"{verdict}: {title(small.series)} answers in {number(small.latency_ms)} ms, {title(full.series)} in "
-            f"{number(full.latency_ms)} ms at batch {full.series.batch} ({interval}).")
+    return (f"{verdict}: {title(small)} answers in {number(_median_ms(small))} ms, {title(full)} in "
+            f"{number(_median_ms(full))} ms at batch {full.batch} ({ratio.ratio:.2f} times the speed, 95 % interval "
+            f"{ratio.low:.2f} to {ratio.high:.2f}).")
 
 
 def _price(small: Series, full: Series) -> str:

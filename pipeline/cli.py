@@ -363,7 +363,7 @@ def _console() -> Console:
     """The terminal's width, or one that every table fits into."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 144)
 
 
 def _print_lines(console: Console, lines: Iterable[str]) -> None:

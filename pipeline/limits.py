@@ -26,7 +26,7 @@ from pipeline.record import Limit
 
 SIZES = {"cpu": (2048, 56), "gpu": (8192, 224)}  # edge of the matrices; height and width of the images
 CHANNELS = 256
-TRIES = 8
+TRIES = 20
 COPIED = 1 << 28  # bytes
 
 

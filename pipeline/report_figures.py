@@ -114,7 +114,8 @@ def _batches(rows: Sequence[Row]) -> Iterator[Figure]:
             for found in _curves(rows, lambda one: one.batch, lambda one: one.mode)]
     layout = {"xaxis": {"title": {"text": "batch size"}, "type": "log", "tickvals": sizes},
               "yaxis": {"title": {"text": "ms"}, **_log([r.latency_ms for r in rows])}}
-    yield Figure("Latency and batch size", "Median time of a step with its 99 % interval.", 340 + 14 * len(data), data, layout)
+    yield Figure("Latency and batch size", "Median time of a step with its 99 % interval.", 340 + 14 * len(data), data,
+                 layout)
 
 
 def _concurrency(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
@@ -142,7 +143,8 @@ def _front(rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     data = [{"x": [known[i].latency_ms for i in best], "y": [errors[i] for i in best], "mode": "lines",
              "line": {"color": OTHER, "dash": "dot", "width": 1.5}, "showlegend": False, "hoverinfo": "skip"}]
     places = _places([r.latency_ms for r in known], errors)
-    data += [_point(r, error, place, r.series is choice.series) for r, error, place in zip(known, errors, places, strict=True)]
+    data += [_point(r, error, place, r.series is choice.series)
+             for r, error, place in zip(known, errors, places, strict=True)]
     layout = {"showlegend": False, "xaxis": {"title": {"text": "median, ms"}, **_log([r.latency_ms for r in known])},
               "yaxis": {"title": {"text": "relative L2 error"}, **_log(errors)}}
     yield Figure(f"Accuracy and latency, batch {batch}", "Lower left is better. The dotted line joins engines that no "

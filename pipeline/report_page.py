@@ -52,9 +52,7 @@ def _script_json(figures: Sequence[Figure]) -> str:
 # --- sections --------------------------------------------------------------------------------------------------
 
 def _section(part: Part, figures: Sequence[Figure], first: int, tolerance: float) -> str:
-    plots = "".join(f'<figure{" class=wide" if f.wide else ""}><figcaption><b>{escape(f.title)}</b>{escape(f.caption)}</figcaption>'
-                    f'<div class="plot" id="figure-{first + i}" style="height:{f.height_px}px"></div></figure>\n'
-                    for i, f in enumerate(figures))
+    plots = "".join(_figure(f, first + i) for i, f in enumerate(figures))
     return (f'<section>\n<h2>{escape(report_text.label(part.run))}</h2>\n'
             f'<p class="summary">{escape(report_text.summary(part))}</p>\n{_card(part.choice.row)}'
             f"{_regressions(part, tolerance)}{_warnings(part)}"
@@ -62,6 +60,13 @@ def _section(part: Part, figures: Sequence[Figure], first: int, tolerance: float
             f"<h3>Configurations</h3>\n{_configurations(part)}"
             f'<h3>Figures</h3>\n<div class="figures">\n{plots}</div>\n'
             f"<h3>Environment</h3>\n{_facts(part)}</section>\n")
+
+
+def _figure(figure: Figure, index: int) -> str:
+    """A place that report.js draws into."""
+    return (f'<figure{" class=wide" if figure.wide else ""}>'
+            f"<figcaption><b>{escape(figure.title)}</b>{escape(figure.caption)}</figcaption>"
+            f'<div class="plot" id="figure-{index}" style="height:{figure.height_px}px"></div></figure>\n')
 
 
 def _card(row: Row | None) -> str:

@@ -1,0 +1,44 @@
+"""What is said of the machine, against the machine itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from engines.errors import RuntimeUnavailable
+from pipeline import environment
+
+
+def test_the_machine_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment.capture("cpu")
+    assert found.host == platform.node()
+    assert found.memory_bytes == psutil.virtual_memory().total
+    assert set(found.affinity) == os.sched_getaffinity(0)
+    assert 0 <= found.load_before <= 1
+    assert found.versions["numpy"].count(".") == 2
+    assert found.variables["OMP_NUM_THREADS"] == "3"
+    assert found.gpu == {}
+
+
+def test_load_of_others_is_told_from_ours() -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(spin) as process:
+        time.sleep(0.3)
+        as_other, as_ours = environment.OtherLoad(()), environment.OtherLoad([process.pid])
+        time.sleep(1)
+        other, ours = as_other.stop(), as_ours.stop()
+        process.kill()
+    assert 0 <= ours < other <= 1
+    assert other - ours > 0.4 / (psutil.cpu_count() or 1)
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(RuntimeUnavailable, match="cuda:99"):
+        environment.gpu_state("cuda:99")
