@@ -101,7 +101,8 @@ def benchmark(request: Request, progress: Progress = lambda step: None, told: To
         candidates = _candidates(request, held, manifest)
         folder = held.folder / BENCHMARKS
         folder.mkdir(exist_ok=True)
-        run = _resumed(request, folder, manifest) or _new_run(request, manifest)
+        run = _new_run(request, manifest)
+        run = run if request.fresh else _resumed(folder, run) or run
         path = folder / f"{run.run_id}.json"
         run = replace(run, receipts={c.receipt.file: vars(c.receipt) for c in candidates})
         cases = verify.load_reference(held.folder / REFERENCE)
@@ -158,10 +159,9 @@ def _new_run(request: Request, manifest: Mapping[str, Any]) -> Run:
                environment.capture(request.device), (), 0.0, (), {}, complete=False)
 
 
-def _resumed(request: Request, folder: Path, manifest: Mapping[str, Any]) -> Run | None:
+def _resumed(folder: Path, wanted: Run) -> Run | None:
     """The newest run of the same command that was ended before its time, on this host."""
-    wanted = _new_run(request, manifest)
-    for path in sorted(folder.glob("*.json"), reverse=True) if not request.fresh else ():
+    for path in sorted(folder.glob("*.json"), reverse=True):
         with contextlib.suppress(UsageError):
             run = record.read(path)
             same = all(getattr(run, name) == getattr(wanted, name)

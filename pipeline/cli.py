@@ -200,6 +200,9 @@ def benchmark(
     images: Annotated[str, typer.Option(metavar="random|DIR", help="What is fed.")] = "random",
     device: Annotated[str, typer.Option(metavar="cpu|cuda:N")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on with an ended run.")] = False,
+    baseline: Annotated[Path | None, typer.Option(
+        metavar="RUN", help="Earlier run; writes the report, and exits 3 if a configuration got slower.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Share by which it may.")] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure the latency of every engine of MODEL, side by side."""
@@ -215,6 +218,10 @@ def benchmark(
         print(result.path.read_text("utf-8"), end="")
     else:
         _print_benchmark(result)
+    if baseline is not None:
+        from pipeline import report as report_stage
+
+        report_stage.report(report_stage.Request((result.path,), baseline=baseline, tolerance=tolerance)).check()
 
 
 @app.command()

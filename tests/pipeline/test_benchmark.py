@@ -83,6 +83,22 @@ def test_concurrency_and_threads(model: Path, tmp_path: Path, capsys: pytest.Cap
         (1, 1, [4, 4, 4]), (2, 1, [4, 4, 4])]
 
 
+def test_slower_than_a_baseline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("benchmark", model, "--out", tmp_path, "--runtime", "onnxruntime", "--precision", "fp32", "--steps", 20)
+    assert run(*command) == 0
+    path, = (tmp_path / "small" / "benchmarks").glob("*.json")
+    whole = json.loads(path.read_text())
+    for name, factor in (("slow", 100), ("fast", 0.01)):
+        one = dict(whole["series"][0])
+        one["rounds_ns"] = [[max(1, int(n * factor)) for n in r] for r in one["rounds_ns"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**whole, "series": [one]}))
+    capsys.readouterr()
+    assert run(*command, "--baseline", tmp_path / "slow.json") == 0
+    capsys.readouterr()
+    assert run(*command, "--baseline", tmp_path / "fast.json") == 3
+    assert "1 configuration slower than the baseline: ONNX Runtime fp32" in capsys.readouterr().err
+
+
 def test_gradients_are_tensorflows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", tmp_path)
     assert run("export", "resnet_v2_18", "--size", "33x33", "--saved-model", *out) == 0
