@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -195,6 +196,10 @@ class _Engine:
         return timed(self.prepared, steps)
 
     def peak_bytes(self) -> int:
+        status = Path("/proc/self/status")
+        if status.exists():  # getrusage counts the parent's memory too, from between fork and exec
+            line = next(line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM:"))
+            return int(line.split()[1]) * 1024
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -34,6 +34,13 @@ def test_worker(tmp_path: Path) -> None:
         os.kill(pid, 0)
 
 
+def test_peak_memory_is_not_the_parents(tmp_path: Path) -> None:
+    ballast = np.ones(1 << 30, np.uint8)
+    with Worker(BuildRequest(convolution(tmp_path / "m.onnx"), "onnxruntime")) as worker:
+        worker.build()
+        assert worker.peak_bytes() < ballast.nbytes
+
+
 def test_worker_that_dies(tmp_path: Path) -> None:
     with Worker(BuildRequest(convolution(tmp_path / "m.onnx"), "onnxruntime")) as worker:
         worker.build()
