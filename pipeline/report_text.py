@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -195,10 +196,15 @@ def _flat(part: Part, one: Series) -> dict[str, Any]:
         "spread": s and s.spread, **{f"p{q}_ms": s and (found := s.percentiles[q]) and found.value / 1e6
                                      for q in (90, 95, 99)},
         "images_per_second": row and row.images_per_second, "speedup": speedup and speedup.ratio,
-        "speedup_low": speedup and speedup.low, "speedup_high": speedup and speedup.high,
+        "speedup_low": speedup and speedup.low, "speedup_high": speedup and _finite(speedup.high),
         "verdict": speedup and speedup.verdict, "relative_l2": one.relative_l2, "top1": one.top1,
         "of_limit": row and row.of_limit, "size_bytes": one.size_bytes, "build_seconds": one.build_seconds,
         "peak_bytes": one.peak_bytes, "engine": one.engine}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: the end of an interval that a single sample gives."""
+    return value if math.isfinite(value) else None
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------
