@@ -147,8 +147,9 @@ def _front(rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
              for r, error, place in zip(known, errors, places, strict=True)]
     layout = {"showlegend": False, "xaxis": {"title": {"text": "median, ms"}, **_log([r.latency_ms for r in known])},
               "yaxis": {"title": {"text": "relative L2 error"}, **_log(errors)}}
-    yield Figure(f"Accuracy and latency, batch {batch}", "Lower left is better. The dotted line joins engines that no "
-                 "other beats in both; the recommended one has a ring.", 420, data, layout, wide=True)
+    caption = "Lower left is better. The dotted line joins engines that no other beats in both; the recommended one " \
+              "has a ring." + (f" An error of 0 is drawn at {SMALLEST_ERROR:g}." if SMALLEST_ERROR in errors else "")
+    yield Figure(f"Accuracy and latency, batch {batch}", caption, 420, data, layout, wide=True)
 
 
 def _places(xs: Sequence[float], ys: Sequence[float]) -> list[str]:

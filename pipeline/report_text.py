@@ -230,8 +230,8 @@ def _section(part: Part, tolerance: float) -> list[str]:
     if part.warnings:
         lines += ["Warnings:", "", *(f"- {_plain(text)}" for text in part.warnings), ""]
     table = [[heading for heading, _ in COLUMNS], *([cell(row) for _, cell in COLUMNS] for row in part.rows)]
-    lines += [*_table(table), "", *(f"- {key}: {_plain(value)}" for key, value in facts(part).items()), ""]
-    return [*lines, "    " + " ".join(part.run.command.split())]
+    told = {**facts(part), "Command": part.run.command}
+    return [*lines, *_table(table), "", *(f"- {key}: {_plain(value)}" for key, value in told.items())]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -104,39 +104,83 @@ def test_published_figures_are_marked_as_such(tmp_path: Path) -> None:
         assert figure in said
 
 
+def unusual() -> tuple[record.Series, ...]:
+    """What record.read takes, and no benchmark of a day measures."""
+    return (runs.series(rounds_ns=((7,),), wall_ns=(), load=(), burn_in_ns=(), relative_l2=0.0),  # one sample
+            runs.series("tensorflow", rounds_ns=((), (9, 9)), wall_ns=(9, 18), relative_l2=None),  # stopped
+            runs.series("openvino", "int4", rounds_ns=((10**15, 1), (3,)), relative_l2=1e30, flops=0),
+            runs.series("unheard of", "int8", rounds_ns=((5,), (5,)), relative_l2=-1.0, min_bytes=0),
+            runs.series("tensorrt", rounds_ns=((5, 5),) * 3, device_ns={"compute": ((),)},
+                        gpu=({"throttle_reasons": 1},)),
+            runs.series("openvino", rounds_ns=((5, 5),) * 3, concurrency=3, wall_ns=()))
+
+
+@pytest.mark.parametrize("found", [unusual(), *((one,) for one in unusual()), unusual()[:2], unusual()[1:4]])
+def test_an_unusual_run_is_reported(found: tuple[record.Series, ...], tmp_path: Path) -> None:
+    one = runs.run(found, limits=(), bandwidth_bytes_per_second=0.0)
+    folder = reported(tmp_path, one, options=("--baseline", saved(tmp_path, one)))
+    text = (folder / "report.json").read_text("utf-8")
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))
+    assert len(json.loads(text)["runs"][0]["configurations"]) == len(found)
+
+
+def test_the_page_names_no_other_place(tmp_path: Path) -> None:
+    page = (reported(tmp_path, runs.run(), options=("--published",)) / "index.html").read_text("utf-8")
+    own = re.sub(r"<script>/\*\*\n\* plotly.js.*?</script>", "", page, flags=re.DOTALL)
+    assert len(own) < len(page) / 10
+    assert not re.findall(r"https?:|//[a-z]|@import|url\(|src=|<link|<a ", own)
+    assert page.count("plotly.js v") == 1  # the library is in it once
+
+
 # --- in a browser ------------------------------------------------------------------------------------------------
 
-def shown(page: Path, width: int = 1400, dark: bool = False) -> tuple[str, dict[str, Any]]:
-    """The document after its scripts ran, with no network, and what the probe at its end saw."""
-    probe = """<script>addEventListener("load", () => setTimeout(() => {
-        const seen = {overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-                      width: innerWidth, plots: document.querySelectorAll(".js-plotly-plot .main-svg").length,
-                      figures: document.querySelectorAll(".js-plotly-plot").length,
-                      loaded: performance.getEntriesByType("resource").length, title: document.title,
-                      background: getComputedStyle(document.body).backgroundColor};
-        document.body.insertAdjacentHTML("beforeend", "<pre id=probe>" + JSON.stringify(seen) + "</pre>");
-    }, 1500))</script>"""
-    probed = page.with_name("probed.html")
-    probed.write_text(page.read_text("utf-8").replace("</body>", probe + "</body>"), "utf-8")
+PROBE = """<script>
+const broken = [];
+addEventListener("error", event => broken.push(event.message));
+addEventListener("securitypolicyviolation", event => broken.push(event.blockedURI));
+addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify({
+    broken, width: innerWidth, loaded: performance.getEntriesByType("resource").length, title: document.title,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    figures: document.querySelectorAll("figure").length, scripts: document.querySelectorAll("script").length,
+    drawn: [...document.querySelectorAll("figure")]
+        .filter(figure => figure.querySelector(".main-svg :is(.box, .point, .js-line)")).length,
+    background: getComputedStyle(document.body).backgroundColor,
+    tick: getComputedStyle(document.querySelector(".xtick text") ?? document.body).fill,
+    headings: [...document.querySelectorAll("h1, h2")].map(h => h.textContent)}), "*"), 1500));
+</script>"""
+FRAME = """<iframe style="border: 0; width: {}px; height: 900px" src="probed.html"></iframe>
+<script>addEventListener("message", event => document.body.replaceChildren(event.data));</script>"""
+
+
+def shown(page: Path, width: int = 1400, dark: bool = False) -> dict[str, Any]:
+    """What the probe saw in a frame of this width, once the page's scripts ran, with no network."""
+    page.with_name("probed.html").write_text(page.read_text("utf-8").replace("<style>", PROBE + "<style>", 1), "utf-8")
+    page.with_name("frame.html").write_text(FRAME.format(width), "utf-8")
     assert CHROMIUM is not None
     done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1000",
          "--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-         "--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", probed.as_uri()],
+         "--virtual-time-budget=10000", f"--user-data-dir={page.parent / 'profile'}", "--dump-dom",
+         page.with_name("frame.html").as_uri()],
         capture_output=True, text=True, check=True, timeout=120)
-    seen = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert seen is not None
-    return done.stdout, json.loads(unescape(seen[1]))
+    seen = re.search(r"<body>(\{.*\})</body>", done.stdout, re.DOTALL)
+    assert seen is not None, done.stdout
+    found: dict[str, Any] = json.loads(unescape(seen[1]))
+    assert found["broken"] == []
+    return found
+
+
+def brightness(colour: str) -> int:
+    return sum(int(n) for n in re.findall(r"\d+", colour)[:3])
 
 
 @browser
-@pytest.mark.parametrize("width", [500, 1400])
+@pytest.mark.parametrize("width", [390, 1400])
 def test_every_figure_is_drawn_and_nothing_overflows(width: int, tmp_path: Path) -> None:
     many = runs.run(runs.every_engine(batches=(1, 8), concurrency=(1, 2)))
-    page = reported(tmp_path, many, runs.on_gpu()) / "index.html"
-    _, seen = shown(page, width)
-    assert seen["figures"] >= 8
-    assert seen["plots"] >= seen["figures"]
+    seen = shown(reported(tmp_path, many, runs.on_gpu(), options=("--published",)) / "index.html", width)
+    # of the first: a front, samples and burn-in of four, batches, two of processes; of the second: 1 + 2 and a ladder
+    assert seen["drawn"] == seen["figures"] == 12 + 4
     assert seen["width"] == width
     assert seen["overflow"] <= 0
     assert seen["loaded"] == 0  # not one further file
@@ -144,16 +188,21 @@ def test_every_figure_is_drawn_and_nothing_overflows(width: int, tmp_path: Path)
 
 @browser
 def test_dark_and_light(tmp_path: Path) -> None:
+    """The page, and the text inside of its figures."""
     page = reported(tmp_path, runs.run()) / "index.html"
-    colours = {dark: shown(page, dark=dark)[1]["background"] for dark in (False, True)}
-    light, dark = (sum(int(n) for n in re.findall(r"\d+", colours[name])[:3]) for name in (False, True))
-    assert light > 600 > 200 > dark
+    light, dark = (shown(page, dark=dark) for dark in (False, True))
+    assert brightness(light["background"]) > 600 > 200 > brightness(dark["background"])
+    assert brightness(light["tick"]) < 200 < 600 < brightness(dark["tick"])
 
 
 @browser
 def test_text_of_a_run_is_text(tmp_path: Path) -> None:
-    one = runs.series(engine=EVIL, status="failed", reason=EVIL)
-    page = reported(tmp_path, runs.run([runs.series(), one], model=EVIL, command=EVIL,
-                                       environment=runs.environment(host=EVIL, cpu=EVIL))) / "index.html"
-    _, seen = shown(page)
-    assert seen["title"] != "taken"
+    plain = shown(reported(tmp_path, runs.run([runs.series()])) / "index.html")
+    one = runs.series(runtime=EVIL, precision=EVIL, engine=EVIL, status="failed", reason=EVIL)
+    measured = runs.series(runtime=EVIL, precision=EVIL, engine=EVIL)
+    run = runs.run([measured, one], model=EVIL, command=EVIL,
+                   environment=runs.environment(host=EVIL, cpu=EVIL, versions={EVIL: EVIL}, gpu={EVIL: EVIL}))
+    seen = shown(reported(tmp_path, run) / "index.html")
+    assert seen["scripts"] == plain["scripts"]
+    assert seen["title"] == seen["headings"][0] == f"Benchmark of {EVIL}"
+    assert "<script" not in (tmp_path / "report" / "report.md").read_text("utf-8")
