@@ -137,11 +137,11 @@ def to_int8(model: Path, target: Path, form: str, images: Mapping[str, np.ndarra
         extra = {"ActivationSymmetric": symmetric, "WeightSymmetric": True,
                  "CalibStridedMinMax": 1,  # by chunk, in every method
                  "QuantizeBias": not symmetric}  # TensorRT takes a bias in float only
-        q.quantize_static(str(prepared), str(target), _Reader(*_batches(ready, images, chunk)),
-                          quant_format=q.QuantFormat.QDQ, per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
-                          weight_type=q.QuantType.QInt8, calibrate_method=q.CalibrationMethod[METHODS[method]],
-                          nodes_to_exclude=in_float,
-                          extra_options=extra, calibration_cache_path=cache)
+        q.quantize_static(
+            str(prepared), str(target), _Reader(*_batches(ready, images, chunk)), quant_format=q.QuantFormat.QDQ,
+            per_channel=True, activation_type=q.QuantType.QInt8 if symmetric else q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8, calibrate_method=q.CalibrationMethod[METHODS[method]],
+            nodes_to_exclude=in_float, extra_options=extra, calibration_cache_path=cache)
     _write(_with_shared_scales(onnx.load(target)), target)
 
 
