@@ -2,6 +2,7 @@
 
     EnginesmithError
     ├── UsageError            an option or a name that cannot be right
+    │   └── MissingPackage    an optional package that what was asked for needs
     ├── WeightsError          weights that are missing, damaged, or of another network
     ├── ModelError            a model that cannot be loaded or converted
     ├── WorkspaceError        an artifact folder that cannot be read, written or locked
@@ -31,6 +32,10 @@ class EnginesmithError(Exception):
 
 class UsageError(EnginesmithError):
     """An option, a name or a size that cannot be right."""
+
+
+class MissingPackage(UsageError):
+    """An optional package that what was asked for needs."""
 
 
 class WeightsError(EnginesmithError):

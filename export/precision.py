@@ -29,7 +29,7 @@ import onnx.version_converter
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from export.errors import ModelError, UsageError
+from export.errors import MissingPackage, ModelError, UsageError
 from export.passes import quantizable
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}  # as ONNX Runtime calls them
@@ -77,7 +77,7 @@ def _modelopt(name: str) -> Iterator[Any]:
     try:
         module = importlib.import_module(f"modelopt.onnx.{name}")
     except ImportError as error:
-        raise UsageError("nvidia-modelopt", "not installed", "", "pip install 'enginesmith[modelopt]' into an "
+        raise MissingPackage("nvidia-modelopt", "not installed", "", "pip install 'enginesmith[modelopt]' into an "
                          "environment of its own: it brings PyTorch and pins an older ONNX Runtime") from error
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its calibration
         yield module

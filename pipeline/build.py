@@ -19,7 +19,7 @@ from engines.digest import sha256
 from engines.errors import BuildError, PrecisionError, RuntimeUnavailable
 from engines.receipt import Receipt
 from engines.runtime import PRECISIONS, BuildRequest, Built, Options, Profile, backend
-from export.errors import UsageError
+from export.errors import MissingPackage, UsageError
 from pipeline import artifact, workspace
 from pipeline.export import MODEL, SAVED_MODEL, Progress
 from pipeline.workspace import ENGINES, Workspace
@@ -90,7 +90,7 @@ def _row(request: Request, held: Workspace, runtime: str, precision: str, progre
     """A combination that a runtime cannot give is a row that says so, unless it is all that was asked for."""
     try:
         return _engine(request, held, runtime, precision, progress)
-    except (RuntimeUnavailable, PrecisionError, BuildError) as error:
+    except (RuntimeUnavailable, PrecisionError, BuildError, MissingPackage) as error:
         if len(request.runtimes) * len(request.precisions) == 1:
             raise
         return Row(runtime, precision, "refused", str(error))

@@ -255,6 +255,13 @@ def test_images_in_a_folder_for_each_class(tmp_path: Path) -> None:
     assert found[:, 0, 0, 0].tolist() == [10, 40, 20]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("modelopt") is not None, reason="nvidia-modelopt is installed")
+def test_a_precision_whose_package_is_missing_leaves_the_others(model: Path, tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, "build", model, "--out", tmp_path, *RTX, "--precision", "fp8", "--precision", "fp32")
+    assert [row["status"] for row in rows] == ["refused", "built"]
+
+
 def mobilenet() -> Any:
     import keras
 
