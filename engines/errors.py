@@ -7,6 +7,7 @@
     ├── BuildError            a model that the runtime cannot build, or a wish it cannot fulfil
     ├── PrecisionError        an engine whose compute layers are not in the precision asked for
     ├── StaleEngine           an engine file that does not belong to its receipt, or to this machine
+    ├── ServerError           an inference server that does not start, does not answer, or refuses
     └── VerifyFailed          the engine runs, and its outputs are not the reference's
 
 The text is one line: subject, what was found, what was expected, what to do. (engines/ knows nothing of export/, so
@@ -48,6 +49,10 @@ class PrecisionError(EngineError):
 
 class StaleEngine(EngineError):
     """An engine file that does not belong to its receipt, or was built for another machine or version."""
+
+
+class ServerError(EngineError):
+    """An inference server that does not start, does not answer, or refuses."""
 
 
 class VerifyFailed(EngineError):

@@ -31,7 +31,7 @@ LOCK = ".lock"
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Workspace]:
     """The folder, made if absent and locked until the end of the block. Raises WorkspaceError."""
-    with _translated(folder):
+    with translated(f"artifact folder {folder}", "--out"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, timeout=0)
         try:
@@ -52,17 +52,19 @@ def opened(folder: Path) -> Iterator[Workspace]:
 
 
 @contextlib.contextmanager
-def _translated(folder: Path) -> Iterator[None]:
+def translated(subject: str, option: str) -> Iterator[None]:
+    """A disk that is full, or a folder that cannot be written, as a WorkspaceError about `subject`."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        where = error.filename or folder
-        raise WorkspaceError(f"artifact folder {folder}", f"{os.strerror(error.errno)} ({where})",
+        where = f" ({error.filename})" if error.filename else ""
+        raise WorkspaceError(subject, f"{os.strerror(error.errno)}{where}",
                              "free space" if full else "a folder that can be written",
-                             "free some space, or give another --out" if full else "give another --out") from error
+                             f"free some space, or give another {option}" if full else f"give another {option}"
+                             ) from error
 
 
 class Workspace:
@@ -82,7 +84,7 @@ class Workspace:
                     _remove_folder(self.folder / name)  # a rename puts a file in place of a file, but no folder
                     staged.replace(self.folder / name)
             commit.replace(self.folder / MANIFEST)
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
         self.discard()
 
     def manifest(self) -> dict[str, Any] | None:
@@ -115,7 +117,7 @@ class Workspace:
         complete = {**manifest, "files": {**manifest.get("files", {}), **staged}}
         text = json.dumps(complete, indent=2) + "\n"
         self.stage(MANIFEST, lambda path: path.write_text(text, "utf-8")).replace(self.folder / COMMIT)
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
         self.recover()
         self._whole = complete
         return complete
@@ -136,7 +138,7 @@ def _remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
