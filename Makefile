@@ -23,10 +23,10 @@ test-gpu: .venv-gpu/.ready
 
 .venv-gpu/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu,rtx,dev]"
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu,rtx,deploy,dev]"
 	touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,rtx,openvino,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,rtx,openvino,deploy,dev]"
 	touch $@

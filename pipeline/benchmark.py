@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -152,10 +150,8 @@ def _new_run(request: Request, manifest: Mapping[str, Any]) -> Run:
     settings = Settings(request.steps, request.rounds, request.burn_in, request.min_seconds, request.images,
                         request.seed)
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
-    stage = Path(sys.argv[0])
-    command = f"python -m pipeline.{stage.stem}" if stage.parent.name == "pipeline" else stage.name
     return Run(name, manifest["name"], manifest["files"][MODEL], request.device,
-               shlex.join([*command.split(), *sys.argv[1:]]), settings,
+               environment.command(), settings,
                environment.capture(request.device), (), 0.0, (), {}, complete=False)
 
 

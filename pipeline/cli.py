@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from pipeline.benchmark import Result as BenchmarkResult
     from pipeline.build import Result as BuildResult
+    from pipeline.deploy import Checked
+    from pipeline.deploy import Result as DeployResult
     from pipeline.export import ExportResult
     from pipeline.record import Run
     from pipeline.report import Result as ReportResult
@@ -281,6 +283,82 @@ def run(
     result.verified.check()
 
 
+@app.command()
+def deploy(
+    model: Artifact,
+    out: Out = Path("artifacts"),
+    repository: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Triton model repository. Default: model_repository, in the artifact folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name on the server. Default: the artifact's.")] = None,
+    runtime: Annotated[str, typer.Option(
+        metavar="NAME", help="onnxruntime, onnxruntime-tensorrt, tensorrt, tensorrt-rtx.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, tf32, fp16, bf16, fp8, int8.")] = "fp32",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda:N", help="Where the engine runs.")] = "cpu",
+    max_latency_ms: Annotated[float | None, typer.Option(
+        min=0, help="Latency that a request may have; batches and the queue are chosen so that it holds.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Version; with --rollback the one to go back to.")] = None,
+    labels: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="A line for each class, for Triton's classification.")] = None,
+    response_cache: Annotated[bool, typer.Option(
+        "--response-cache", help="Answer equal requests from memory.")] = False,
+    reload: Annotated[str | None, typer.Option(
+        metavar="URL", help="Server of this repository, which loads it; what it refuses is taken back.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the version before the live one live.")] = False,
+    check: Annotated[str | None, typer.Option(
+        metavar="URL", help="Deploy nothing: compare what a server answers with the reference.")] = None,
+    load: Annotated[bool, typer.Option("--load", help="With --check: measure it under load.")] = False,
+    clients: Annotated[str, typer.Option(metavar="N,...", help="Concurrent clients of --load.")] = "1,2,4,8,16,32,64",
+    transport: Annotated[list[str] | None, typer.Option(
+        metavar="NAME", help="grpc, http, shared-memory; of --load; repeatable. Default: all.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each number of clients.")] = 3.0,
+    grpc_port: Annotated[int | None, typer.Option(help="Of the server. Default: that of its URL and 1.")] = None,
+    max_error: Annotated[float | None, typer.Option(
+        min=0, help="Relative L2 error that --check allows. Default: the precision's limit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and nothing else.")] = False,
+) -> None:
+    """Put a verified engine of MODEL into a Triton model repository, or check the server that serves it."""
+    from pipeline import deploy as stage
+
+    request = stage.Request(model, out, repository, name, runtime, precision, device, max_latency_ms, version, labels,
+                            response_cache, reload)
+    if check is not None:
+        asked = stage.CheckRequest(model, out, name, check, grpc_port, max_error, load, _numbers("clients", clients),
+                                   tuple(transport or ()), seconds)
+        with _progress(as_json) as progress:
+            checked = stage.check(asked, progress)
+        _print_checked(checked, as_json)
+        checked.require()
+        return
+    if load:
+        raise UsageError("--load", "no server is named", "--check URL --load", "python -m pipeline.serve starts one")
+    with _progress(as_json) as progress:
+        result = stage.rollback(request) if rollback else stage.deploy(request, progress)
+    _print_deploy(result, as_json)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Model repository, or artifact folder with one.")],
+    http_port: Annotated[int, typer.Option()] = 8000,
+    grpc_port: Annotated[int, typer.Option()] = 8001,
+    metrics_port: Annotated[int, typer.Option()] = 8002,
+    listen: Annotated[str, typer.Option(
+        metavar="ADDRESS", help="The server has no authentication: loopback, unless you know better.")] = "127.0.0.1",
+    tritonserver: Annotated[Path | None, typer.Option(
+        metavar="PATH", help="An installed server, e.g. with a GPU. Default: one for CPUs, installed once.")] = None,
+    health_seconds: Annotated[float, typer.Option(min=0.1, help="How often a real request is sent.")] = 5.0,
+) -> None:
+    """Serve DIR by a real Triton Inference Server on loopback, until Ctrl-C or SIGTERM."""
+    from pipeline import serve as stage
+
+    request = stage.Request(folder, http_port, grpc_port, metrics_port, listen, tritonserver, health_seconds)
+    if not stage.is_loopback(listen):
+        print(f"warning: {listen} can be reached from other machines, and the server has no authentication",
+              file=sys.stderr, flush=True)
+    with _progress(False) as progress:
+        stage.serve(request, progress, lambda line: print(line, flush=True))
+
+
 def _numbers(subject: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
@@ -499,6 +577,50 @@ def _print_run(result: RunResult, as_json: bool) -> None:
         lines = [f"recommended: {row.series.name}: {latency:.2f} ms{against}",
                  f"{result.folder / 'engines' / row.series.engine}"]
     _print_lines(_console(), [*lines, f"{result.report}"])
+
+
+def _print_deploy(result: DeployResult, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"repository": str(result.repository), "models": result.models,
+                          "engine": result.engine and result.engine.file,
+                          "choice": result.choice and asdict(result.choice),
+                          "findings": [asdict(finding) for finding in result.findings], "notes": result.notes}))
+        return
+    lines = [*(result.choice.why if result.choice else ()), *result.notes]
+    lines += [f"{f.level}: {f.file}, {f.field}: {f.found}; expected {f.expected}; {f.mend}" for f in result.findings]
+    lines += [f"live: {name} version {version}" for name, version in result.models.items()]
+    _print_lines(_console(), [*lines, f"{result.repository}"])
+
+
+def _print_checked(result: Checked, as_json: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in result.rows], "load": str(result.path or "")}))
+        return
+    console = _console()
+    table = Table("model", "transport", "batch", "clients", "status", "relative L2", "limit", "top-1", box=SIMPLE_HEAD)
+    for row in result.rows:
+        numbers = ("-", "-") if row.relative_l2 is None else (f"{row.relative_l2:.1e}", f"{row.top1:.0%}")
+        table.add_row(row.model, row.transport, str(row.batch), str(row.clients), row.status, numbers[0],
+                      f"{row.limit:.0e}", numbers[1])
+    console.print(table)
+    _print_lines(console, [f"failed: {row.reason}" for row in result.rows if row.reason])
+    if result.load is None:
+        return
+    table = Table("transport", "clients", "images/s", "p50 ms", "p95", "p99", "batch", "queue", "input", "infer",
+                  "output", "the way", "errors", box=SIMPLE_HEAD,
+                  title="Under load (server's means in ms: queue to output; the way: the rest)")
+    for level in result.load.levels:
+        rungs = (level.queue_ns, level.compute_input_ns, level.compute_infer_ns, level.compute_output_ns)
+        table.add_row(level.transport, str(level.clients), f"{level.images_per_second:.1f}",
+                      *(f"{level.percentile_ms(share):.1f}" for share in (50, 95, 99)), f"{level.mean_batch:.1f}",
+                      *(f"{ns / 1e6:.2f}" for ns in rungs), f"{level.transport_ms:.2f}",
+                      str(sum(level.errors.values())))
+    console.print(table)
+    errors = {text: count for level in result.load.levels for text, count in level.errors.items()}
+    _print_lines(console, [*(f"error: {text} ({count} times)" for text, count in errors.items()), f"{result.path}"])
 
 
 def _print_verify(result: VerifyResult) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
@@ -41,6 +43,13 @@ def capture(device: str) -> Environment:
         gpu=gpu_state(device))
 
 
+def command() -> str:
+    """The command line that is running, as one would type it."""
+    stage = Path(sys.argv[0])
+    name = f"python -m pipeline.{stage.stem}" if stage.parent.name == "pipeline" else stage.name
+    return shlex.join([*name.split(), *sys.argv[1:]])
+
+
 def _governor() -> str | None:
     with suppress(OSError):
         return GOVERNOR.read_text("utf-8").strip()
@@ -75,6 +84,17 @@ def gpu_state(device: str) -> dict[str, Any]:
         with suppress(pynvml.NVMLError):  # not every board tells everything
             state[key] = reading()
     return state
+
+
+def gpu_memory(device: str) -> int:
+    """Bytes of memory of `cuda:N`. Raises RuntimeUnavailable."""
+    from engines.machine import gpu
+
+    gpu(device)
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.removeprefix("cuda:")))
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
 
 
 def _reasons(bits: int) -> list[str]:

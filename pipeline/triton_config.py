@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from engines.errors import RuntimeUnavailable
-from engines.runtime import TensorSpec
+from engines.runtime import TensorSpec, missing
 from export.errors import UsageError
 
 try:
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 except ImportError as error:
-    raise RuntimeUnavailable("package tritonclient", "not installed", "", "pip install 'enginesmith[deploy]'") from error
+    raise missing("tritonclient", "deploy") from error
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"

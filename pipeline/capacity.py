@@ -1,0 +1,185 @@
+"""How many requests an engine should take together, and how many instances of it should run: measured, then chosen.
+
+The curve is throughput and latency of every batch size, for one instance with all cores and for one instance a core.
+With dynamic batching a request waits, at worst, until the batch before it is done: its latency is at most the queue
+delay and twice the time of a batch, as long as requests come no faster than the server answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import psutil
+
+from engines.receipt import Receipt
+from engines.runtime import BuildRequest
+from engines.worker import Worker
+from export.errors import UsageError
+from pipeline import environment, record, verify
+from pipeline.export import Progress
+from pipeline.triton_config import Batching
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+STEPS, SECONDS = 5, 1.0  # of each point, at least the one and about the other
+ENOUGH = 0.95  # the smallest batch with this share of the best throughput is preferred
+WORTH = 1.2  # more instances have to bring this much, since a lone request then has fewer cores
+WAIT = 0.1  # a lone request waits for others at most this share of its time
+MEMORY = 0.5  # of the machine's, for all instances together
+
+
+@dataclass(frozen=True)
+class Point:
+    """`instances` processes with `threads` each run batches of `batch` at the same time; times in nanoseconds."""
+
+    batch: int
+    instances: int
+    threads: int
+    median_ns: float
+    p95_ns: float
+    images_per_second: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one engine on one machine."""
+
+    engine_sha256: str
+    host: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`why`: a line for each decision. `memory_bytes`: of all instances."""
+
+    batching: Batching
+    images_per_second: float
+    memory_bytes: int
+    why: tuple[str, ...]
+
+
+def measured(wish: BuildRequest, path: Path, made: Receipt, reference: verify.Case, kept: Path, progress: Progress
+             ) -> Curve:
+    """The curve of an engine that runs here, or the one that `kept` has of it."""
+    with contextlib.suppress(OSError, ValueError):
+        curve: Curve = record.typed(Curve, json.loads(kept.read_bytes()), "curve")
+        if (curve.engine_sha256, curve.host) == (made.sha256, platform.node()):
+            return curve
+    largest = max(p.max for p in wish.profiles)
+    batches = sorted({b for b in BATCHES if b <= largest} | {largest})
+    cores = psutil.cpu_count(logical=False) or 1
+    counts = ((1, made.key["options"]["threads"] or cores), (cores, 1)) if wish.device == "cpu" else ((1, 0), (2, 0))
+    points = []
+    for instances, threads in dict.fromkeys(counts):
+        progress(f"throughput of {instances} instance{'s' if instances > 1 else ''}")
+        points += _points(wish, path, reference, instances, threads, batches)
+    curve = Curve(made.sha256, platform.node(), tuple(points))
+    kept.parent.mkdir(exist_ok=True)
+    staged = kept.with_name(kept.name + ".new")
+    staged.write_text(json.dumps(asdict(curve), indent=1) + "\n", "utf-8")
+    staged.replace(kept)
+    return curve
+
+
+def _points(wish: BuildRequest, path: Path, reference: verify.Case, instances: int, threads: int,
+            batches: list[int]) -> list[Point]:
+    wish = replace(wish, options=replace(wish.options, threads=threads))
+    found = []
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(wish)) for _ in range(instances)]
+        for worker in workers:
+            worker.load(path)
+        for batch in batches:
+            for worker in workers:
+                worker.prepare(verify.cycled(reference[0], batch))
+            once = max(worker.time(2).wall[-1] for worker in workers) / 1e9
+            steps = max(STEPS, round(SECONDS / once))
+            start = perf_counter()
+            for worker in workers:
+                worker.start_timing(steps)
+            samples = [n for worker in workers for n in worker.finish_timing().wall]
+            passed = perf_counter() - start
+            found.append(Point(batch, instances, threads, float(np.median(samples)),
+                               float(np.percentile(samples, 95)), instances * steps * batch / passed,
+                               sum(worker.peak_bytes() for worker in workers)))
+    return found
+
+
+def choose(curve: Curve, max_latency_ms: float | None, memory_bytes: int) -> Choice:
+    """Raises UsageError where no batch size holds the limit."""
+    limit_ns = float("inf") if max_latency_ms is None else max_latency_ms * 1e6
+    kept = [p for p in curve.points if p.peak_bytes <= MEMORY * memory_bytes or p.instances == 1]
+    held = [p for p in kept if _worst(p) <= limit_ns]
+    if not held:
+        fastest = min(kept, key=_worst)
+        raise UsageError(f"max-latency-ms {max_latency_ms:g}", f"a lone image takes {fastest.p95_ns / 1e6:.1f} ms "
+                         "(95th percentile)", "a longer limit", "or a faster engine, e.g. --precision int8")
+    best = {n: max((p.images_per_second for p in held if p.instances == n), default=0.0)
+            for n in sorted({p.instances for p in held})}
+    fewest = min(best)
+    instances = next((n for n in sorted(best, reverse=True) if best[n] >= WORTH * best[fewest]), fewest)
+    line = sorted((p for p in held if p.instances == instances), key=lambda p: p.batch)
+    chosen = next(p for p in line if p.images_per_second >= ENOUGH * best[instances])
+    largest, lone = line[-1], line[0]
+    saved = max(0.0, lone.median_ns - chosen.median_ns / chosen.batch)
+    room = (limit_ns - 2 * largest.p95_ns) if largest.batch > 1 else 0.0
+    delay = max(0.0, min(saved, WAIT * lone.median_ns, room)) if chosen.batch > 1 else 0.0
+    timeout = 0 if max_latency_ms is None else max(1, int((limit_ns - largest.p95_ns) / 1e3))
+    batching = Batching(largest.batch, (chosen.batch,), int(delay / 1e3), timeout, instances, chosen.threads)
+    return Choice(batching, chosen.images_per_second, max(p.peak_bytes for p in line),
+                  _why(batching, chosen, lone, largest, best, max_latency_ms, curve))
+
+
+def _worst(point: Point) -> float:
+    """What a request takes that came just after a batch had started; a batch of one is not waited for: the queue's
+    timeout refuses those that would be late."""
+    return point.p95_ns * (2 if point.batch > 1 else 1)
+
+
+def _why(batching: Batching, chosen: Point, lone: Point, largest: Point, best: Mapping[int, float],
+         max_latency_ms: float | None, curve: Curve) -> tuple[str, ...]:
+    others = ", ".join(f"{n}: {rate:.0f} images/s" for n, rate in best.items())
+    lines = [
+        f"instances {batching.instances}, {batching.threads} threads each ({others}; more instances have to bring "
+        f"{WORTH - 1:.0%}, a lone request has fewer cores then)",
+        f"preferred batch {chosen.batch}: {chosen.images_per_second:.0f} images/s in {chosen.median_ns / 1e6:.1f} ms, "
+        f"the smallest within {1 - ENOUGH:.0%} of the best; a lone image takes {lone.median_ns / 1e6:.1f} ms",
+        f"queue delay {batching.delay_us} us: at most what batching saves an image, and {WAIT:.0%} of a lone one's "
+        "time"]
+    if max_latency_ms is None:
+        return (*lines, f"largest batch {batching.max_batch}: the engine's; no latency limit was given")
+    top = max(p.batch for p in curve.points)
+    reason = "the engine's" if batching.max_batch == top else "the largest that holds it"
+    return (*lines, f"largest batch {batching.max_batch}: {reason}; delay and two batches take at most "
+                    f"{(batching.delay_us * 1e3 + _worst(largest)) / 1e6:.1f} ms of {max_latency_ms:g} ms",
+            f"a request that has waited {batching.timeout_us / 1e3:.1f} ms is refused, not answered late")
+
+
+def unmeasured(profiles: int, preferred: tuple[int, ...], batched: bool) -> Choice:
+    """For an engine that cannot run here: the batch sizes it was tuned for."""
+    batching = Batching(profiles, preferred) if batched else Batching(0)
+    return Choice(batching, 0.0, 0, ("not measured, since the engine cannot run here: preferred batches are those it "
+                                     "was tuned for, no queue delay, one instance",))
+
+
+def fixed(wish: BuildRequest) -> Choice:
+    """For a model with a fixed batch: nothing can be put together."""
+    return Choice(Batching(0, threads=wish.options.threads), 0.0, 0,
+                  ("the model has a fixed batch: no dynamic batching, one instance",))
+
+
+def machine_memory(device: str) -> int:
+    """Bytes of the machine or of the GPU."""
+    if device == "cpu":
+        return int(psutil.virtual_memory().total)
+    return int(environment.gpu_memory(device))
+
+

@@ -1,0 +1,388 @@
+"""Deploy stage: a verified engine to a model of a Triton repository, looked over before it ships.
+
+Read downward: the engine is found, or built, and verified; how it is to be batched is measured and chosen; its version
+is made beside the repository, linted, and put in place by one rename. An export that takes raw pixels also gets an
+ensemble that resizes them. `--check` and `--load` prove what is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines import model_file
+from engines import receipt as receipts
+from engines.errors import ServerError, StaleEngine, VerifyFailed
+from engines.receipt import Receipt
+from engines.runtime import BuildRequest, TensorSpec
+from export.errors import CheckFailed, UsageError
+from pipeline import artifact, build, capacity, model_repository, served, triton_config, verify, workspace
+from pipeline.capacity import Choice
+from pipeline.export import MODEL, REFERENCE, Progress
+from pipeline.model_repository import DEPLOYMENT, PROOF, Repository
+from pipeline.serve import REPOSITORY
+from pipeline.served import Endpoint
+from pipeline.triton_config import BACKENDS, LABELS, MODEL_FILES, Served
+from pipeline.triton_lint import Finding, Target, lint
+from pipeline.workspace import ENGINES
+
+CAPACITY = "capacity"
+RESIZE, IMAGE = "_resize", "_image"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. `repository` None: `model_repository` of the artifact. `name` None: the artifact's.
+    `labels`: a file with a line for each class. `reload`: the URL of a server of this repository, which
+    is told."""
+
+    model: str
+    out: Path = Path("artifacts")
+    repository: Path | None = None
+    name: str | None = None
+    runtime: str = "onnxruntime"
+    precision: str = "fp32"
+    device: str = "cpu"
+    max_latency_ms: float | None = None
+    version: int | None = None
+    labels: Path | None = None
+    response_cache: bool = False
+    reload: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """`choice` and `engine` None after a rollback. `models`: name -> version that is live."""
+
+    repository: Path
+    models: Mapping[str, int]
+    engine: Receipt | None = None
+    choice: Choice | None = None
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An engine that may be deployed: `file` is what the server gets, `path` the engine that was verified."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    receipt: Receipt
+    wish: BuildRequest
+    path: Path
+    file: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    notes: tuple[str, ...]
+
+
+def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
+    """Raises UsageError, WorkspaceError, VerifyFailed, CheckFailed for lint errors, ServerError for a refused reload:
+    the repository is then as it was."""
+    _check(request)
+    ready = _ready(request, progress)
+    choice = _chosen(request, ready, progress)
+    name = request.name or ready.manifest["name"]
+    where = request.repository or ready.folder / REPOSITORY
+    with model_repository.opened(where) as repository:
+        progress("put into the repository")
+        before = model_repository.live(repository.folder / name)
+        version = request.version or max([0, *model_repository.versions(repository.folder / name)]) + 1
+        config = triton_config.config(_served(request, ready, name, version, choice))
+        staged = repository.stage(name, version, config, lambda folder: _write(request, ready, choice, folder))
+        findings = lint(staged, version, _target(request)) + _same_interface(repository.folder / name, config)
+        _accept(findings)
+        repository.put(staged)
+        live = {name: version}
+        if ready.manifest.get("preprocess", "none") != "none" and config.max_batch_size:
+            live |= _ensemble(repository, ready, config)
+        if request.reload is not None:
+            _reload(served.endpoint(request.reload), repository, name, before, progress)
+    return Result(where, live, ready.receipt, choice, findings, ready.notes)
+
+
+def _check(request: Request) -> None:
+    if request.runtime not in BACKENDS:
+        raise UsageError(f"runtime {request.runtime!r}", "Triton has no backend for it here",
+                         f"one of {', '.join(BACKENDS)}")
+    if request.name is not None and not request.name.replace("_", "a").replace("-", "a").replace(".", "a").isalnum():
+        raise UsageError(f"name {request.name!r}", "not a name of a model", "letters, digits, _, - and .")
+    if request.labels is not None and not request.labels.is_file():
+        raise UsageError(f"labels {request.labels}", "no such file", "a file with a line for each class")
+
+
+# --- the engine ------------------------------------------------------------------------------------------------
+
+def _ready(request: Request, progress: Progress) -> Ready:
+    folder = artifact.folder_of(request.model, request.out, progress)
+    if _engine(request, folder) is None:
+        build.build(build.Request(str(folder), request.out, (request.runtime,), (request.precision,), request.device),
+                    progress)
+    found = _engine(request, folder)
+    if found is None:
+        raise UsageError(f"engine {request.runtime} {request.precision}", "none of this artifact's model", "one",
+                         f"python -m pipeline.build {request.model} --runtime {request.runtime}")
+    made, model = found
+    notes = _verified(request, folder, made, progress)
+    wish = receipts.request_of(made, model)
+    path = receipts.check(folder / ENGINES, made)
+    with workspace.opened(folder) as held:
+        manifest = artifact.manifest_of(held)
+    if MODEL_FILES[BACKENDS[request.runtime][0]] == MODEL:  # optimized for this machine, the engine is for no other
+        source = model_file.read(model)
+        return Ready(folder, manifest, made, wish, path, model, source.inputs, source.outputs, notes)
+    return Ready(folder, manifest, made, wish, path, path, _specs(manifest["inputs"]), _specs(manifest["outputs"]),
+                 notes)
+
+
+def _engine(request: Request, folder: Path) -> tuple[Receipt, Path] | None:
+    """The newest intact engine of the runtime, precision and device, and the form of the model it was made of."""
+    with workspace.opened(folder) as held:
+        models = {digest: folder / name for name, digest in artifact.manifest_of(held)["files"].items()}
+    for made in sorted(receipts.every(folder / ENGINES), key=lambda r: r.date, reverse=True):
+        wanted = (made.key["runtime"], made.key["precision"]) == (request.runtime, request.precision)
+        if wanted and made.key["target"] == request.device and made.key["model_sha256"] in models:
+            with contextlib.suppress(StaleEngine):
+                receipts.check(folder / ENGINES, made)
+                return made, models[made.key["model_sha256"]]
+    return None
+
+
+def _verified(request: Request, folder: Path, made: Receipt, progress: Progress) -> tuple[str, ...]:
+    """What is to be said of an engine that cannot run here. Raises VerifyFailed."""
+    asked = verify.Request(str(folder), request.out, (request.runtime,), (request.precision,))
+    row = next(row for row in verify.verify(asked, progress).rows if row.file == made.file)
+    if row.status == "failed":
+        raise VerifyFailed(f"{row.runtime} {row.precision}", row.reason, "an engine that verify passes",
+                           "it was not deployed")
+    return () if row.status == "passed" else (f"not verified here: {row.reason}",)
+
+
+def _specs(described: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(s["name"], np.dtype(s["dtype"]), tuple(n if isinstance(n, int) else None
+                                                                  for n in s["shape"])) for s in described)
+
+
+def _chosen(request: Request, ready: Ready, progress: Progress) -> Choice:
+    if any(not s.shape or s.shape[0] is not None for s in (*ready.inputs, *ready.outputs)):
+        return capacity.fixed(ready.wish)
+    if ready.notes:
+        profiles = ready.wish.profiles
+        return capacity.unmeasured(max(p.max for p in profiles), tuple(sorted({p.opt for p in profiles})), True)
+    cases = verify.load_reference(ready.folder / REFERENCE)
+    kept = ready.folder / CAPACITY / f"{Path(ready.receipt.file).stem}.json"
+    curve = capacity.measured(ready.wish, ready.path, ready.receipt, cases, kept, progress)
+    return capacity.choose(curve, request.max_latency_ms, capacity.machine_memory(request.device))
+
+
+# --- a version -------------------------------------------------------------------------------------------------
+
+def _served(request: Request, ready: Ready, name: str, version: int, choice: Choice) -> Served:
+    return Served(name, version, request.runtime, request.precision, request.device, ready.receipt.sha256, ready.inputs,
+                  ready.outputs, choice.batching, request.labels is not None, request.response_cache,
+                  len(ready.wish.profiles))
+
+
+def _write(request: Request, ready: Ready, choice: Choice, folder: Path) -> None:
+    """The files of a version: the model, its labels, what it was made of, and a request that proves it."""
+    shutil.copyfile(ready.file, folder / MODEL_FILES[BACKENDS[request.runtime][0]])
+    if request.labels is not None:
+        shutil.copyfile(request.labels, folder / LABELS)
+    rows = choice.batching.max_batch and 1
+    _prove(ready, folder, rows)
+    described = {
+        "format": 1, "engine": asdict(ready.receipt), "inputs": _described(ready.inputs),
+        "outputs": _described(ready.outputs), "limit": verify.LIMITS[request.precision],
+        "choice": asdict(choice), "max_latency_ms": request.max_latency_ms}
+    (folder / DEPLOYMENT).write_text(json.dumps(described, indent=1) + "\n", "utf-8")
+
+
+def _prove(ready: Ready, folder: Path, rows: int) -> None:
+    cases = verify.load_reference(ready.folder / REFERENCE)
+    count = rows or (ready.inputs[0].shape[0] if ready.inputs[0].shape else None) or 1
+    arrays = {f"{kind}/{name}": array for kind, part in zip(("input", "output"), cases, strict=True)
+              for name, array in verify.cycled(part, count).items()}
+    with (folder / PROOF).open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _described(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+    return [{"name": s.name, "dtype": s.dtype.name, "shape": ["batch" if n is None else n for n in s.shape]}
+            for s in specs]
+
+
+def _target(request: Request) -> Target:
+    """The server that it is for: a GPU's memory and kind are read where there is one."""
+    if request.device == "cpu":
+        return Target(BACKENDS[request.runtime][0] == "tensorrt")
+    from engines.machine import gpu
+
+    return Target(True, gpu(request.device)[1], capacity.machine_memory(request.device))
+
+
+def _same_interface(folder: Path, config: Any) -> tuple[Finding, ...]:
+    """Clients of the live version, and ensembles over it, go on with the new one."""
+    if model_repository.live(folder) is None:
+        return ()
+    earlier = triton_config.read(folder / triton_config.CONFIG)
+
+    def interface(one: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+        return {f"{kind} {t.name}": (t.data_type, tuple(t.dims)) for kind in ("input", "output")
+                for t in getattr(one, kind)}
+
+    was, now = interface(earlier), interface(config)
+    return tuple(Finding("error", f"{folder.name}/{triton_config.CONFIG}", name, str(now.get(name)),
+                         f"{was.get(name)} of the live version", "deploy it under another --name")
+                 for name in sorted({*was, *now}) if was.get(name) != now.get(name))
+
+
+def _accept(findings: tuple[Finding, ...]) -> None:
+    """Raises CheckFailed with the first error."""
+    errors = [f for f in findings if f.level == "error"]
+    if errors:
+        one = errors[0]
+        raise CheckFailed(f"{one.file}, {one.field}", one.found, one.expected,
+                          f"{one.mend}; {len(errors)} errors in all, nothing was deployed")
+
+
+# --- raw pixels ------------------------------------------------------------------------------------------------
+
+def _ensemble(repository: Repository, ready: Ready, config: Any) -> dict[str, int]:
+    """`<name>_image`: uint8 images of any size in, resized, normalised inside of the network."""
+    from export import resize
+
+    name, spec = config.name, ready.inputs[0]
+    height, width = (n for n in spec.shape[1:] if n not in (None, 3))
+    nchw = ready.manifest.get("layout") == "nchw"
+    image = TensorSpec(spec.name, spec.dtype, (None, None, None, 3))
+    batching = triton_config.Batching(config.max_batch_size, threads=1)
+    resized = TensorSpec(f"{spec.name}_resized", spec.dtype, spec.shape)
+    step = Served(f"{name}{RESIZE}", 1, "onnxruntime", "fp32", "cpu", "", (image,), (resized,), batching)
+    resizing = triton_config.config(step)
+    whole = triton_config.ensemble(f"{name}{IMAGE}", 1, (resizing, config), config.output[0].label_filename and
+                                   f"1/{LABELS}")
+    live: dict[str, int] = {}
+    for made, write in (
+            (resizing, lambda folder: resize.write(folder / MODEL, spec.name, height, width, nchw)),
+            (whole, lambda folder: _ensemble_files(repository.folder / name, config, folder))):
+        live |= _helper(repository, made, write)
+    return live
+
+
+def _ensemble_files(network: Path, config: Any, folder: Path) -> None:
+    """The ensemble is proven by the network's own request: an image of its size is resized to itself."""
+    version = network / str(config.version_policy.specific.versions[0])
+    for name in (PROOF, DEPLOYMENT, LABELS):
+        if (version / name).exists():
+            shutil.copyfile(version / name, folder / name)
+
+
+def _helper(repository: Repository, made: Any, write: Callable[[Path], object]) -> dict[str, int]:
+    """A model that goes with a network: a new version only where it is another than the live one."""
+    folder = repository.folder / made.name
+    now = model_repository.live(folder)
+    if now is not None:
+        last = triton_config.read(folder / triton_config.CONFIG)
+        made.version_policy.specific.versions[:] = [now]
+        if triton_config.text(last) == triton_config.text(made):
+            return {made.name: now}
+        made.version_policy.specific.versions[:] = [max(model_repository.versions(folder)) + 1]
+    version = made.version_policy.specific.versions[0]
+    staged = repository.stage(made.name, version, made, write)
+    repository.put(staged)
+    return {made.name: version}
+
+
+# --- a server that runs ----------------------------------------------------------------------------------------
+
+def _reload(at: Endpoint, repository: Repository, name: str, before: int | None, progress: Progress) -> None:
+    """Has the server load the new version, and takes it back if the server refuses. Raises ServerError."""
+    progress("reload the server")
+    refused = at.load(name)
+    if refused is None:
+        return
+    if before is not None:
+        repository.revert(name, before)
+    raise ServerError(f"model {name}", refused, "a version that loads",
+                      f"version {before} goes on serving" if before is not None else "the model is not served")
+
+
+def rollback(request: Request) -> Result:
+    """Makes the version before the live one live again, or `version`. Raises UsageError, ServerError."""
+    folder = Path(request.model)
+    if not (folder / workspace.MANIFEST).exists():
+        folder = artifact.folder_of(request.model, request.out, lambda step: None)
+    where = request.repository or folder / REPOSITORY
+    name = request.name or json.loads((folder / workspace.MANIFEST).read_bytes())["name"]
+    with model_repository.opened(where) as repository:
+        before, now = repository.revert(name, request.version)
+        if request.reload is not None:
+            _reload(served.endpoint(request.reload), repository, name, before, lambda step: None)
+    return Result(where, {name: now}, notes=(f"version {before} stays in the repository",))
+
+
+# --- what is served --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What a user asks for of a server at `url`. `transports` empty: all."""
+
+    model: str
+    out: Path
+    name: str | None
+    url: str
+    grpc_port: int | None = None
+    max_error: float | None = None
+    load: bool = False
+    clients: tuple[int, ...] = served.CLIENTS
+    transports: tuple[str, ...] = ()
+    seconds: float = 3.0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """`load` and `path` None where no load test was asked for, or the check failed before."""
+
+    rows: tuple[served.Row, ...]
+    load: served.Load | None = None
+    path: Path | None = None
+
+    def require(self) -> None:
+        """Raises VerifyFailed."""
+        served.require(self.rows)
+
+
+def check(request: CheckRequest, progress: Progress = lambda step: None) -> Checked:
+    """Compares what a server answers with the reference, then measures it under load. Raises ServerError."""
+    wrong = sorted(set(request.transports) - set(served.TRANSPORTS))
+    if wrong or min(request.clients) < 1:
+        raise UsageError(f"transport {wrong[0]!r}" if wrong else "clients", "unknown" if wrong else "0",
+                         f"of {', '.join(served.TRANSPORTS)}" if wrong else "1 and more")
+    folder = artifact.folder_of(request.model, request.out, progress)
+    with workspace.opened(folder) as held:
+        manifest = artifact.manifest_of(held)
+    cases = verify.load_reference(folder / REFERENCE)
+    name, at = request.name or manifest["name"], served.endpoint(request.url, request.grpc_port)
+    rows = served.check(at, name, cases, request.max_error, progress)
+    if manifest.get("preprocess", "none") != "none" and at.has(f"{name}{IMAGE}"):
+        rows += served.check(at, f"{name}{IMAGE}", cases, request.max_error, progress)
+    if not request.load or any(row.status == "failed" for row in rows):
+        return Checked(rows)
+    made, path = served.load(at, request.url, name, manifest, cases, request.clients,
+                             request.transports or served.TRANSPORTS, request.seconds, folder / served.LOADS,
+                             progress)
+    return Checked(rows, made, path)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run_stage
+
+    run_stage("deploy")

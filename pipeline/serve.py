@@ -1,0 +1,382 @@
+"""Serve stage: a real Triton Inference Server on a model repository, kept healthy until it is told to stop.
+
+Read downward: the server's own environment is made once; the repository is rendered for this machine; the server is
+started on loopback and is ready when every model has answered a real request with the right numbers. Then it is
+watched: a new version is loaded, a backend that died is noticed by the same requests, and the server is started again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock
+
+from engines.errors import RuntimeUnavailable, ServerError
+from export.errors import UsageError
+from pipeline import model_repository, served, triton_config
+from pipeline.export import Progress
+from pipeline.model_repository import DEPLOYMENT
+from pipeline.served import Endpoint
+from pipeline.triton_config import CONFIG
+
+PYTRITON = "0.7.0"  # nvidia-pytriton, which carries tritonserver 2.51
+NUMPY = "1.26.4"  # with NumPy 2 this server's Python backend returns empty outputs
+START_SECONDS, EXIT_SECONDS = 120, 10
+REPOSITORY = "model_repository"
+CONTAINER = ("docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v DIR:/models "
+             "nvcr.io/nvidia/tritonserver:25.10-py3 tritonserver --model-repository=/models")
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. `folder`: a model repository, or an artifact folder. `listen`: the address that the ports
+    are opened on. `health_seconds`: how often a real request is sent. `tritonserver`: an installed server's binary."""
+
+    folder: Path
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    listen: str = "127.0.0.1"
+    tritonserver: Path | None = None
+    health_seconds: float = 5.0
+    home: Path = field(default_factory=lambda: cache_folder())
+
+
+def serve(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None) -> None:
+    """Serves until SIGTERM or Ctrl-C. Raises UsageError, RuntimeUnavailable, or ServerError."""
+    with _signals() as stopped, started(request, progress, told) as server:
+        while not stopped():
+            server.watch()
+            deadline = time.monotonic() + request.health_seconds
+            while time.monotonic() < deadline and not stopped():
+                time.sleep(0.1)
+        told("stopping: requests in flight are finished")
+    told("stopped")
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT came; they interrupt nothing, so that the server can drain."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def started(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None
+            ) -> Iterator[Server]:
+    """A server that is ready; it is stopped at the end of the block. Raises what serve() raises."""
+    repository = _repository(request.folder)
+    for port in (request.http_port, request.grpc_port, request.metrics_port):
+        _check_free(request.listen, port)
+    with tempfile.TemporaryDirectory(prefix="enginesmith-serve-") as folder:
+        install = installed(request, Path(folder), progress)
+        server = Server(request, repository, Path(folder), install, told)
+        try:
+            progress("start the server")
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach it."""
+    return address == "localhost" or address == "::1" or address.startswith("127.")
+
+
+def _repository(folder: Path) -> Path:
+    inner = folder / REPOSITORY
+    repository = inner if inner.is_dir() else folder
+    model_repository.models(repository)
+    return repository
+
+
+def _check_free(address: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"port {port} on {address}", str(getattr(error, "strerror", None) or error), "a free port",
+                             "give another --http-port, --grpc-port or --metrics-port") from error
+
+
+# --- the server's own environment ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Install:
+    """`command` starts the server; `own`: the one of a package, with the CPU backend, and not an installed one."""
+
+    command: tuple[str, ...]
+    variables: dict[str, str]
+    own: bool
+
+
+def cache_folder() -> Path:
+    """Where the server's environment is kept: `$XDG_CACHE_HOME/enginesmith`, or `~/.cache/enginesmith`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "enginesmith"
+
+
+def installed(request: Request, folder: Path, progress: Progress) -> Install:
+    """The server that is asked for. Raises UsageError or RuntimeUnavailable."""
+    if request.tritonserver is not None:
+        if not os.access(request.tritonserver, os.X_OK) or request.tritonserver.is_dir():
+            raise UsageError(f"tritonserver {request.tritonserver}", "no program", "the server's binary",
+                             f"or use its container: {CONTAINER}")
+        return Install((str(request.tritonserver.resolve()),), dict(os.environ), own=False)
+    if not sys.platform.startswith("linux"):
+        raise RuntimeUnavailable("tritonserver", f"none for {sys.platform}", "Linux", CONTAINER)
+    environment = _environment(request.home, progress)
+    site = environment / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    server = site / "pytriton/tritonserver"
+    backends = _backends(server, folder / "backends")
+    libraries = (sysconfig.get_config_var("LIBDIR") or "", str(site / "nvidia_pytriton.libs"))
+    variables = dict(os.environ) | {
+        "PATH": os.pathsep.join((str(environment / "bin"), os.environ.get("PATH", ""))),
+        "LD_LIBRARY_PATH": os.pathsep.join((*libraries, os.environ.get("LD_LIBRARY_PATH", "")))}
+    variables.pop("PYTHONPATH", None)  # what is on it is for another NumPy
+    return Install((str(server / "bin/tritonserver"), f"--backend-directory={backends}",
+                    f"--cache-directory={server / 'caches'}"), variables, own=True)
+
+
+def _environment(home: Path, progress: Progress) -> Path:
+    """Made once; a marker that is written last says that it is whole."""
+    wanted = (f"numpy=={NUMPY}", f"onnxruntime=={importlib.metadata.version('onnxruntime')}")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    place = home / "-".join(("triton", PYTRITON, "ort", wanted[1].partition("==")[2], "python", python))
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(place.name + ".lock")):
+        if (place / ".ready").exists():
+            return place
+        progress("install tritonserver (once, 330 MB)")
+        shutil.rmtree(place, ignore_errors=True)
+        pip = (str(place / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        for command in ((sys.executable, "-m", "venv", str(place)), (*pip, *wanted),
+                        (*pip, "--no-deps", f"nvidia-pytriton=={PYTRITON}")):
+            ended = subprocess.run(command, capture_output=True, text=True)
+            if ended.returncode:
+                raise RuntimeUnavailable("tritonserver", f"{command[-1]} could not be installed: "
+                                         f"{ended.stderr.strip().splitlines()[-1:] or ['no message']}"[:300], "",
+                                         "see that pip reaches its index, or give --tritonserver PATH")
+        (place / ".ready").touch()
+    return place
+
+
+def _backends(server: Path, folder: Path) -> Path:
+    """Copies: the backend looks for its stub beside itself, at the real path."""
+    python = folder / "python"
+    python.mkdir(parents=True)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for path in (server / "backends/python/libtriton_python.so",
+                 server / "backends/python/triton_python_backend_utils.py",
+                 server / f"python_backend_stubs/{version}/triton_python_backend_stub"):
+        shutil.copy(path, python)
+    (folder / "onnxruntime").mkdir()
+    shutil.copyfile(Path(__file__).with_name("onnxruntime_backend.py"), folder / "onnxruntime/model.py")
+    return folder
+
+
+# --- the server ------------------------------------------------------------------------------------------------
+
+class Server:
+    """One tritonserver process and the repository rendered for it."""
+
+    def __init__(self, request: Request, repository: Path, folder: Path, install: Install, told: Told) -> None:
+        self.request, self.repository, self.install, self.told = request, repository, install, told
+        self.rendered, self.log = folder / "models", folder / "server.log"
+        self._empty = folder / "empty"  # a model.py in the working folder would shadow the backend's
+        self._empty.mkdir()
+        self.endpoint = Endpoint(request.listen if request.listen not in ("0.0.0.0", "::") else "127.0.0.1",
+                                 request.http_port, request.grpc_port, request.metrics_port)
+        self._prefix = f"enginesmith_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seen: dict[str, bytes] = {}
+        self._answered: dict[str, int] = {}
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def start(self) -> None:
+        """Starts the process and waits until every model has answered rightly. Raises ServerError."""
+        names = [name for name in model_repository.models(self.repository) if self._render(name)]
+        if not names:
+            raise RuntimeUnavailable(f"model repository {self.repository}", "its models need a GPU", "one that a CPU "
+                                     "serves", f"on a machine with a GPU, --tritonserver PATH or {CONTAINER}")
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(self._command(names), cwd=self._empty, env=self.install.variables,
+                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                             start_new_session=True, preexec_fn=_die_with_parent)
+        deadline = time.monotonic() + START_SECONDS
+        while not self.endpoint.ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise ServerError("tritonserver", self._complaint(), "a server that is ready")
+            time.sleep(0.05)
+        for name in names:
+            self.told(f"{name}: {self._proven(name)}")
+
+    def _command(self, names: list[str]) -> list[str]:
+        request, own = self.request, self.install.own
+        cached = any(triton_config.read(self.rendered / name / CONFIG).response_cache.enable for name in names)
+        return [
+            *self.install.command, f"--model-repository={self.rendered}",
+            f"--http-address={request.listen}", f"--grpc-address={request.listen}",
+            f"--metrics-address={request.listen}", f"--http-port={request.http_port}",
+            f"--grpc-port={request.grpc_port}", f"--metrics-port={request.metrics_port}",
+            f"--exit-timeout-secs={EXIT_SECONDS}", "--model-control-mode=explicit", "--strict-readiness=true",
+            "--disable-auto-complete-config", *(f"--load-model={name}" for name in names),
+            *(["--cache-config=local,size=268435456"] if cached else []),
+            *(["--allow-gpu-metrics=false",
+               f"--backend-config=onnxruntime,shm-region-prefix-name={self._prefix}"] if own else [])]
+
+    def _render(self, name: str) -> bool:
+        """Puts the configuration, for this machine, where the server reads it; False for a model that needs a GPU.
+
+        A server with a GPU gets it unchanged; the CPU's differs in the instance kind alone.
+        """
+        source, target = self.repository / name, self.rendered / name
+        data = (source / CONFIG).read_bytes()
+        made = triton_config.read(source / CONFIG)
+        if self.install.own and (made.backend or made.platform) not in ("onnxruntime", "onnxruntime_onnx", "ensemble"):
+            self.told(f"{name}: not served, its {made.backend or made.platform} backend needs a GPU: {CONTAINER}")
+            return False
+        if self.install.own:
+            for group in made.instance_group:
+                group.kind = triton_config.model_config_pb2.ModelInstanceGroup.KIND_CPU
+                del group.gpus[:]
+        target.mkdir(parents=True, exist_ok=True)
+        for version in model_repository.versions(source):
+            link = target / str(version)
+            if not link.is_symlink():
+                link.symlink_to((source / str(version)).resolve(), target_is_directory=True)
+        staged = target / f"{CONFIG}.new"
+        staged.write_text(triton_config.text(made), "utf-8")
+        staged.replace(target / CONFIG)
+        self._seen[name] = data
+        return True
+
+    def _complaint(self) -> str:
+        lines = self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
+        told = [line.partition("] ")[2].strip('"') for line in lines if line.startswith("E")]
+        return told[-1][:400] if told else f"not ready after {START_SECONDS} s, or ended: {' '.join(lines[-1:])[:300]}"
+
+    # --- watching ----------------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """One look: loads what was deployed since, and starts the server again if a model does not answer rightly."""
+        self._follow()
+        for name in tuple(self._seen):
+            try:
+                self._proven(name)
+            except ServerError as error:
+                if self._answers(name):
+                    continue  # busy, not dead: others got their answers meanwhile
+                self.told(f"{name}: {error}; the server is started again")
+                self._kill()
+                self.start()
+                return
+
+    def _follow(self) -> None:
+        """Loads each model whose configuration changed. A version that does not load leaves the earlier one serving."""
+        for name in model_repository.models(self.repository):
+            source = self.repository / name / CONFIG
+            earlier = self._seen.get(name)
+            if source.read_bytes() == earlier:
+                continue
+            target = self.rendered / name / CONFIG
+            before = target.read_bytes() if target.exists() else None
+            if not self._render(name):
+                continue
+            refused = self.endpoint.load(name)
+            if refused is None:
+                self.told(f"{name}: version {model_repository.live(self.repository / name)} is served")
+            else:
+                if before is not None:
+                    target.write_bytes(before)  # so that a start from anew has what is serving
+                self.told(f"{name}: version {model_repository.live(self.repository / name)} was refused, the earlier "
+                          f"one goes on: {refused}")
+
+    def _answers(self, name: str) -> bool:
+        """Whether the model has answered anyone since the last look."""
+        count = self.endpoint.successes(name)
+        earlier, self._answered[name] = self._answered.get(name, 0), count
+        return count > earlier
+
+    def _proven(self, name: str) -> str:
+        """A real request, compared with the numbers that the version carries. Raises ServerError."""
+        version = triton_config.read(self.rendered / name / CONFIG).version_policy.specific.versions
+        folder = self.rendered / name / str(max(version, default=1))
+        if not (folder / DEPLOYMENT).exists():
+            return "loaded; it carries no reference"
+        error, limit = served.proof(self.endpoint, name, folder, max(2.0, self.request.health_seconds))
+        if not error <= limit:
+            raise ServerError(f"model {name}", f"relative L2 error {error:.1e} to its reference", f"at most {limit:.0e}")
+        self._answered[name] = self.endpoint.successes(name)
+        return f"version {max(version)} answers, relative L2 error {error:.1e} (limit {limit:.0e})"
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Lets requests in flight finish, and leaves nothing behind."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_SECONDS + 5)
+        self._kill()
+
+    def _kill(self) -> None:
+        """The server, its backends, and their shared memory."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        for left in Path("/dev/shm").glob(f"{self._prefix}*"):
+            left.unlink(missing_ok=True)
+
+
+def _die_with_parent() -> None:
+    """A server whose `serve` was killed would hold its ports for ever. prctl(2), PR_SET_PDEATHSIG."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def described(server: Server) -> dict[str, Any]:
+    """Where it is, JSON-ready."""
+    at = server.endpoint
+    return {"http": f"http://{at.host}:{at.http}", "grpc": f"{at.host}:{at.grpc}",
+            "metrics": f"http://{at.host}:{at.metrics}/metrics", "pid": server.pid}
+
+
+if __name__ == "__main__":
+    from pipeline.cli import run_stage
+
+    run_stage("serve")

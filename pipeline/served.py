@@ -1,0 +1,426 @@
+"""A deployed model over the wire: are its numbers Keras's, and how does it bear load.
+
+check() sends the reference inputs over HTTP and gRPC, alone and from several clients at once, and compares by verify's
+limits. load() keeps a number of clients busy and splits the latency by the server's own statistics: queue, compute
+input, infer and output; what is left is the way there and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter, perf_counter_ns
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from engines.errors import EngineError, ServerError, VerifyFailed
+from engines.runtime import missing
+from export.errors import UsageError
+from pipeline import environment, record, triton_config, verify
+from pipeline.export import Progress
+from pipeline.model_repository import DEPLOYMENT, PROOF
+from pipeline.record import Environment
+from pipeline.verify import Case, Comparison
+
+try:
+    import tritonclient.grpc
+    import tritonclient.http
+    from tritonclient.utils import InferenceServerException
+except ImportError as error:
+    raise missing("tritonclient", "deploy") from error
+
+TRANSPORTS = ("grpc", "http", "shared-memory")
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+TIMEOUT_SECONDS = 60.0
+AT_ONCE = 4  # clients of a check
+LOADS = "loads"
+SCHEMA = 1
+Infer = Callable[[], Any]  # one request; an object with as_numpy(name)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server's host and the ports of its HTTP, gRPC and metrics services."""
+
+    host: str
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    def ready(self) -> bool:
+        """What the server says of itself. A backend process that died does not change it."""
+        try:
+            return self._ask("/v2/health/ready") is not None
+        except ServerError:
+            return False
+
+    def load(self, model: str) -> str | None:
+        """Has the server load what its repository holds of a model; the reason, if it refuses."""
+        try:
+            self._ask(f"/v2/repository/models/{model}/load", b"{}")
+        except ServerError as error:
+            return str(error)
+        return None
+
+    def has(self, model: str) -> bool:
+        """Whether the model is served."""
+        try:
+            return self._ask(f"/v2/models/{model}/ready") is not None
+        except ServerError:
+            return False
+
+    def successes(self, model: str) -> int:
+        """How many requests the model has answered, of all its versions."""
+        found = json.loads(self._ask(f"/v2/models/{model}/stats") or b"{}")
+        return sum(int(one["inference_stats"]["success"]["count"]) for one in found.get("model_stats", ()))
+
+    def _ask(self, path: str, data: bytes | None = None) -> bytes:
+        request = urllib.request.Request(f"http://{self.host}:{self.http}{path}", data)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                found: bytes = answer.read()
+                return found
+        except urllib.error.HTTPError as error:
+            with error:
+                text = error.read().decode("utf-8", "replace")
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                text = json.loads(text)["error"]
+            raise ServerError(f"server {self.host}:{self.http}", f"{error.code}: {text}"[:500]) from error
+        except OSError as error:
+            raise ServerError(f"server {self.host}:{self.http}", str(getattr(error, "reason", error)), "a server "
+                              "that answers", "python -m pipeline.serve DIR starts one here") from error
+
+
+def endpoint(url: str, grpc_port: int | None = None) -> Endpoint:
+    """`http://host:port`; gRPC and metrics are on the next two ports. Raises UsageError."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        port = parts.port or 8000
+    except ValueError:
+        port = 0
+    if parts.scheme != "http" or not parts.hostname or not port:
+        raise UsageError(f"URL {url!r}", "not an address of a server", "http://HOST:PORT of its HTTP service")
+    return Endpoint(parts.hostname, port, grpc_port or port + 1, port + 2)
+
+
+# --- one client ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def client(at: Endpoint, transport: str, model: str, feeds: Mapping[str, np.ndarray],
+           timeout: float = TIMEOUT_SECONDS) -> Iterator[Infer]:
+    """A function that sends `feeds` (batch first) and returns the answer. The function raises ServerError."""
+    module = tritonclient.http if transport == "http" else tritonclient.grpc
+    inputs = []
+    for name, array in feeds.items():
+        inputs.append(module.InferInput(name, array.shape, _wire_type(array)))
+    with contextlib.ExitStack() as stack:
+        if module is tritonclient.http:
+            one = tritonclient.http.InferenceServerClient(f"{at.host}:{at.http}", connection_timeout=timeout,
+                                                          network_timeout=timeout)
+            more: dict[str, Any] = {}
+        else:
+            one = tritonclient.grpc.InferenceServerClient(f"{at.host}:{at.grpc}")
+            more = {"client_timeout": timeout}
+        stack.callback(one.close)
+        if transport == "shared-memory":
+            _share(stack, one, inputs, feeds)
+        else:
+            for value, array in zip(inputs, feeds.values(), strict=True):
+                value.set_data_from_numpy(array)
+
+        def infer() -> Any:
+            try:
+                return one.infer(model, inputs, **more)
+            except InferenceServerException as error:
+                raise ServerError(f"model {model}", f"{error.status()}: {error.message()}"[:500]) from error
+            except (OSError, EOFError) as error:  # gevent's HTTP client raises the socket's
+                raise ServerError(f"model {model}", str(error) or type(error).__name__) from error
+        yield infer
+
+
+def _share(stack: contextlib.ExitStack, one: Any, inputs: Sequence[Any], feeds: Mapping[str, np.ndarray]) -> None:
+    """The inputs in system shared memory, which the server maps: only their names go over the wire."""
+    from tritonclient.utils import shared_memory
+
+    for value, (name, array) in zip(inputs, feeds.items(), strict=True):
+        key = f"enginesmith_{secrets.token_hex(8)}_{name}"
+        handle = shared_memory.create_shared_memory_region(key, f"/{key}", array.nbytes)
+        stack.callback(shared_memory.destroy_shared_memory_region, handle)
+        shared_memory.set_shared_memory_region(handle, [array])
+        one.register_system_shared_memory(key, f"/{key}", array.nbytes)
+        stack.callback(one.unregister_system_shared_memory, key)
+        value.set_shared_memory(key, array.nbytes)
+
+
+def _wire_type(array: np.ndarray) -> str:
+    return triton_config.TYPES[array.dtype.name].removeprefix("TYPE_")
+
+
+def proof(at: Endpoint, model: str, folder: Path, timeout: float) -> tuple[float, float]:
+    """(relative L2 error, limit) of the answer to the request that a deployed version carries. Raises ServerError."""
+    limit = float(json.loads((folder / DEPLOYMENT).read_bytes())["limit"])
+    with np.load(folder / PROOF, allow_pickle=False) as file:
+        arrays = dict(file)
+    feeds = {name.removeprefix("input/"): a for name, a in arrays.items() if name.startswith("input/")}
+    truth = {name.removeprefix("output/"): a for name, a in arrays.items() if name.startswith("output/")}
+    with client(at, "grpc", model, feeds, timeout) as infer:
+        rows = _compared(infer(), truth, model)
+    return max(row.relative_l2 for row in rows), limit
+
+
+def _compared(answer: Any, truth: Mapping[str, np.ndarray], model: str) -> list[Comparison]:
+    rows = []
+    for name, expected in truth.items():
+        found = answer.as_numpy(name)
+        if found is None or found.shape != expected.shape:
+            raise ServerError(f"model {model}", f"output {name} of shape {getattr(found, 'shape', None)}",
+                              str(expected.shape))
+        rows.append(verify.compare(name, len(expected), found, expected))
+    return rows
+
+
+# --- check -----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    """Requests of one kind. `status`: `passed` or `failed` with the reason; the worst of all outputs and requests."""
+
+    model: str
+    transport: str
+    batch: int
+    clients: int
+    status: str
+    reason: str
+    relative_l2: float | None
+    limit: float
+    top1: float | None
+
+
+def check(at: Endpoint, model: str, cases: Case, limit: float | None, progress: Progress) -> tuple[Row, ...]:
+    """The deployed model against the reference. `limit` None: verify's for the precision that the server's
+    configuration names. Raises ServerError where no server answers, or it has no such model."""
+    config = configuration(at, model)
+    precision = config.parameters[triton_config.PRECISION].string_value or "fp32"
+    limit = verify.LIMITS.get(precision, 1e-4) if limit is None else limit
+    largest = config.max_batch_size
+    preferred = tuple(config.dynamic_batching.preferred_batch_size)
+    fixed = len(next(iter(cases[0].values())))
+    batches = sorted({1, *preferred, largest}) if largest else [
+        config.input[0].dims[0] if config.input[0].dims else fixed]
+    rows = []
+    for transport in ("http", "grpc"):
+        for batch, clients in [(b, 1) for b in batches] + [(batches[0], AT_ONCE)]:
+            progress(f"check {model}: {transport}, batch {batch}, clients {clients}")
+            rows.append(_row(at, model, transport, int(batch), clients, cases, limit))
+    return tuple(rows)
+
+
+def configuration(at: Endpoint, model: str) -> Any:
+    """The ModelConfig that the server runs. Raises ServerError."""
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(f"{at.host}:{at.grpc}")) as one:
+        try:
+            return one.get_model_config(model, client_timeout=TIMEOUT_SECONDS).config
+        except InferenceServerException as error:
+            raise ServerError(f"server {at.host}:{at.grpc} (gRPC)", f"{error.status()}: {error.message()}"[:300],
+                              f"model {model}", "see that the server runs, and its ports") from error
+
+
+def _row(at: Endpoint, model: str, transport: str, batch: int, clients: int, cases: Case, limit: float) -> Row:
+    found: list[Comparison] = []
+    reasons: list[str] = []
+
+    def ask(first: int) -> None:
+        rows = [{name: np.roll(verify.cycled(part, max(batch, len(array))), -first, 0)[:batch]
+                 for name, array in part.items()} for part in cases]
+        try:
+            with client(at, transport, model, rows[0]) as infer:
+                found.extend(_compared(infer(), rows[1], model))
+        except EngineError as error:
+            reasons.append(str(error))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    worst = max((c.relative_l2 for c in found), default=None)
+    if worst is not None and not worst <= limit:
+        reasons.append(f"relative L2 error {worst:.2e}, limit {limit:.0e}")
+    return Row(model, transport, batch, clients, "failed" if reasons else "passed", "; ".join(reasons[:1]), worst, limit,
+               min((c.top1 for c in found), default=None))
+
+
+def require(rows: Sequence[Row]) -> None:
+    """Raises VerifyFailed that names the first request that failed."""
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        one = failed[0]
+        raise VerifyFailed(f"{one.model} over {one.transport}, batch {one.batch}, {one.clients} clients", one.reason,
+                           "", f"{len(failed)} of {len(rows)} kinds of request failed")
+
+
+# --- load ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Level:
+    """`clients` that each send the next request when the last is answered, for `seconds`.
+
+    `latency_ns` of every answered request; `errors`: text -> how many. `mean_batch`: images in an execution. The rungs
+    are the server's means for one request, in nanoseconds.
+    """
+
+    transport: str
+    clients: int
+    batch: int
+    seconds: float
+    latency_ns: tuple[int, ...]
+    errors: Mapping[str, int]
+    mean_batch: float
+    queue_ns: float
+    compute_input_ns: float
+    compute_infer_ns: float
+    compute_output_ns: float
+
+    @property
+    def images_per_second(self) -> float:
+        return len(self.latency_ns) * self.batch / self.seconds if self.seconds else 0.0
+
+    def percentile_ms(self, share: float) -> float:
+        """Of the answered requests; not a number if there were none."""
+        return float(np.percentile(self.latency_ns, share)) / 1e6 if self.latency_ns else float("nan")
+
+    @property
+    def transport_ms(self) -> float:
+        """What the server's rungs do not explain of the mean: the wire, the protocol, and the client."""
+        rungs = self.queue_ns + self.compute_input_ns + self.compute_infer_ns + self.compute_output_ns
+        return (float(np.mean(self.latency_ns)) - rungs) / 1e6 if self.latency_ns else float("nan")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load test. `engine_sha256`: of the engine that the server says it runs."""
+
+    load_id: str
+    model: str
+    model_sha256: str
+    engine_sha256: str
+    precision: str
+    url: str
+    command: str
+    environment: Environment
+    levels: tuple[Level, ...]
+    schema: int = SCHEMA
+
+
+def level(at: Endpoint, model: str, feeds: Mapping[str, np.ndarray], transport: str, clients: int, seconds: float
+          ) -> Level:
+    """Runs `clients` for `seconds`. Raises ServerError where the server does not answer at all."""
+    samples: list[int] = []
+    errors: Counter[str] = Counter()
+    barrier, over = threading.Barrier(clients + 1), threading.Event()
+
+    def work() -> None:
+        try:
+            with client(at, transport, model, feeds) as infer:
+                _try(infer, errors, [])  # connects, and is not counted
+                errors.clear()
+                barrier.wait(TIMEOUT_SECONDS)
+                while not over.is_set():
+                    _try(infer, errors, samples)
+        except (ServerError, InferenceServerException) as error:
+            errors[str(error)] += 1
+            barrier.abort()
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        barrier.wait(TIMEOUT_SECONDS)
+    except threading.BrokenBarrierError:
+        over.set()
+        for thread in threads:
+            thread.join()
+        raise ServerError(f"model {model} over {transport}", next(iter(errors), "no answer")) from None
+    before, start = _statistics(at, model), perf_counter()
+    over.wait(seconds)
+    passed, after = perf_counter() - start, _statistics(at, model)
+    answered = tuple(samples)
+    over.set()
+    for thread in threads:
+        thread.join()
+    delta = {name: after[name] - before[name] for name in after}
+    count = max(1.0, delta["success"])
+    return Level(transport, clients, len(next(iter(feeds.values()))), passed, answered, dict(errors),
+                 delta["images"] / max(1.0, delta["executions"]), *(delta[n] / count for n in (
+                     "queue", "compute_input", "compute_infer", "compute_output")))
+
+
+def _try(infer: Infer, errors: Counter[str], samples: list[int]) -> None:
+    start = perf_counter_ns()
+    try:
+        infer()
+    except ServerError as error:
+        errors[str(error)] += 1
+    else:
+        samples.append(perf_counter_ns() - start)
+
+
+def _statistics(at: Endpoint, model: str) -> dict[str, float]:
+    """Sums over the versions of a model; times in nanoseconds."""
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(f"{at.host}:{at.grpc}")) as one:
+        try:
+            found = one.get_inference_statistics(model, client_timeout=TIMEOUT_SECONDS).model_stats
+        except InferenceServerException as error:
+            raise ServerError(f"model {model}", str(error.message())) from error
+    rungs = ("queue", "compute_input", "compute_infer", "compute_output")
+    sums = {name: float(sum(getattr(s.inference_stats, name).ns for s in found)) for name in rungs}
+    return sums | {"success": float(sum(s.inference_stats.success.count for s in found)),
+                   "images": float(sum(s.inference_count for s in found)),
+                   "executions": float(sum(s.execution_count for s in found))}
+
+
+def load(at: Endpoint, url: str, model: str, manifest: Mapping[str, Any], cases: Case, clients: Sequence[int],
+         transports: Sequence[str], seconds: float, folder: Path, progress: Progress) -> tuple[Load, Path]:
+    """Measures every number of clients over every transport and writes `loads/<id>.json`. Raises ServerError."""
+    config = configuration(at, model)
+    batch = 1 if config.max_batch_size else len(next(iter(cases[0].values())))
+    if not config.max_batch_size and config.input[0].dims:
+        batch = int(config.input[0].dims[0])
+    feeds = verify.cycled(cases[0], batch)
+    machine = environment.capture("cpu")
+    levels = []
+    for transport in transports:
+        for count in clients:
+            progress(f"load {model}: {transport}, {count} clients")
+            levels.append(level(at, model, feeds, transport, count, seconds))
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+    made = Load(name, model, manifest["files"]["model.onnx"],
+                config.parameters[triton_config.ENGINE].string_value,
+                config.parameters[triton_config.PRECISION].string_value, url,
+                environment.command(), machine, tuple(levels))
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    staged = path.with_name(path.name + ".new")
+    staged.write_text(json.dumps(asdict(made)) + "\n", "utf-8")
+    staged.replace(path)
+    return made, path
+
+
+def read(path: Path) -> Load:
+    """Raises UsageError that names the field which is not what schema 1 says."""
+    try:
+        found: Load = record.typed(Load, json.loads(path.read_bytes()), "load")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"load test {path}", str(error), f"schema {SCHEMA}", "measure again") from error
+    return found
