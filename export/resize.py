@@ -17,10 +17,11 @@ OPSET = 18  # Resize has antialias from there
 def write(path: Path, name: str, height: int, width: int, nchw: bool) -> None:
     """`name`, uint8 (batch, any height, any width, 3), to `name` of the same type and (batch, height, width, 3), or
     (batch, 3, height, width) for `nchw`. Sizes are in pixels."""
-    shape = ["batch", 3, height, width] if nchw else ["batch", height, width, 3]
+    shape: list[str | int | None] = ["batch", 3, height, width] if nchw else ["batch", height, width, 3]
     out = f"{name}_resized"
     constants = [numpy_helper.from_array(np.array([height, width], np.int64), "size"),
-                 numpy_helper.from_array(np.float32(0), "least"), numpy_helper.from_array(np.float32(255), "most")]
+                 numpy_helper.from_array(np.array(0, np.float32), "least"),
+                 numpy_helper.from_array(np.array(255, np.float32), "most")]
     nodes = [
         helper.make_node("Cast", [name], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),

@@ -65,7 +65,7 @@ class Repository:
         before put(). Raises UsageError for a version that is there."""
         if (self.folder / name / str(version)).exists():
             raise UsageError(f"model {name}", f"version {version} is in the repository already",
-                             f"one of {', '.join(map(str, versions(self.folder / name)))} is not", "leave --version out")
+                             "a version that is not there yet", "leave --version out")
         staged = self._staging / name
         inner = staged / str(version)
         inner.mkdir(parents=True)

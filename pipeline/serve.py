@@ -256,7 +256,7 @@ class Server:
             "--disable-auto-complete-config", *(f"--load-model={name}" for name in names),
             *(["--cache-config=local,size=268435456"] if cached else []),
             *(["--allow-gpu-metrics=false",
-               f"--backend-config=onnxruntime,shm-region-prefix-name={self._prefix}"] if own else [])]
+               f"--backend-config=python,shm-region-prefix-name={self._prefix}"] if own else [])]
 
     def _render(self, name: str) -> bool:
         """Puts the configuration, for this machine, where the server reads it; False for a model that needs a GPU.
@@ -339,7 +339,8 @@ class Server:
             return "loaded; it carries no reference"
         error, limit = served.proof(self.endpoint, name, folder, max(2.0, self.request.health_seconds))
         if not error <= limit:
-            raise ServerError(f"model {name}", f"relative L2 error {error:.1e} to its reference", f"at most {limit:.0e}")
+            raise ServerError(f"model {name}", f"relative L2 error {error:.1e} to its reference",
+                              f"at most {limit:.0e}")
         self._answered[name] = self.endpoint.successes(name)
         return f"version {max(version)} answers, relative L2 error {error:.1e} (limit {limit:.0e})"
 

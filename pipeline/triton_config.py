@@ -19,7 +19,7 @@ from export.errors import UsageError
 
 try:
     from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
+    from tritonclient.grpc import model_config_pb2 as model_config_pb2
 except ImportError as error:
     raise missing("tritonclient", "deploy") from error
 
@@ -130,7 +130,7 @@ def _warm_up(made: Any, served: Served, batch: int) -> None:
     request = made.model_warmup.add(name=f"batch {batch}" if batch else "fixed batch", batch_size=batch)
     for spec in served.inputs:
         one = request.inputs[spec.name]
-        one.data_type, one.random_data = _type(spec), True
+        one.data_type, one.zero_data = _type(spec), True  # random bits are no numbers
         one.dims.extend(n if n > 0 else 1 for n in _dims(spec, batch > 0))
 
 
