@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from pipeline.triton_lint import Finding, Target, lint
 from pipeline.workspace import ENGINES
 
 CAPACITY = "capacity"
+RELOAD_SECONDS = 20
 RESIZE, IMAGE = "_resize", "_image"
 
 
@@ -306,7 +308,13 @@ def _helper(repository: Repository, made: Any, write: Callable[[Path], object]) 
 def _reload(at: Endpoint, repository: Repository, name: str, before: int | None, progress: Progress) -> None:
     """Has the server load the new version, and takes it back if the server refuses. Raises ServerError."""
     progress("reload the server")
+    version = model_repository.live(repository.folder / name)
     refused = at.load(name)
+    deadline = monotonic() + RELOAD_SECONDS  # a server of `serve` sees the change by itself, at its next look
+    while refused is None and not at.has(f"{name}/versions/{version}") and monotonic() < deadline:
+        sleep(0.2)
+    if refused is None and not at.has(f"{name}/versions/{version}"):
+        refused = f"version {version} is not ready after {RELOAD_SECONDS} s"
     if refused is None:
         return
     if before is not None:

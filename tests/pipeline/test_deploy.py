@@ -1,0 +1,161 @@
+"""A small model deployed, served by the real server, checked, killed, rolled back and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.errors import ServerError
+from export.errors import CheckFailed, UsageError, WorkspaceError
+from pipeline import capacity, deploy, model_repository, serve, triton_config, triton_lint, workspace
+from pipeline.capacity import Curve, Point
+
+
+def small(path: Path, width: int = 5) -> Path:
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, width)).astype(np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[deploy.Request, deploy.Result]:
+    folder = tmp_path_factory.mktemp("deploy")
+    request = deploy.Request(str(small(folder / "small.onnx")), folder / "artifacts")
+    return request, deploy.deploy(request)
+
+
+@pytest.fixture(scope="module")
+def server(deployed: tuple[deploy.Request, deploy.Result]) -> Iterator[serve.Server]:
+    ports = []
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    with serve.started(serve.Request(deployed[1].repository, *ports, health_seconds=1)) as running:
+        yield running
+
+
+def asked(request: deploy.Request, server: serve.Server, **more: object) -> deploy.CheckRequest:
+    at = server.endpoint
+    return deploy.CheckRequest(request.model, request.out, None, f"http://127.0.0.1:{at.http}", at.grpc,
+                               **more)  # type: ignore[arg-type]
+
+
+def test_a_deployed_version_is_whole(deployed: tuple[deploy.Request, deploy.Result]) -> None:
+    folder = deployed[1].repository / "small"
+    config = triton_config.read(folder / "config.pbtxt")
+    assert (config.max_batch_size, list(config.input[0].dims)) == (32, [4])
+    assert {path.name for path in (folder / "1").iterdir()} == {
+        "model.onnx", "config.pbtxt", "deployment.json", "proof.npz"}
+    assert triton_lint.lint(folder, 1, triton_lint.Target()) == ()
+    with pytest.raises(UsageError, match="no version before 1"):
+        deploy.rollback(deployed[0])
+
+
+def test_another_interface_is_refused_and_nothing_changes(deployed: tuple[deploy.Request, deploy.Result],
+                                                          tmp_path: Path) -> None:
+    _request, result = deployed
+    before = {path: path.read_bytes() for path in result.repository.rglob("*") if path.is_file()}
+    other = deploy.Request(str(small(tmp_path / "other.onnx", 7)), tmp_path / "out", result.repository, "small")
+    with pytest.raises(CheckFailed, match="another --name"):
+        deploy.deploy(other)
+    assert {path: path.read_bytes() for path in result.repository.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_leaves_the_repository(deployed: tuple[deploy.Request, deploy.Result],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    request, result = deployed
+    before = sorted(result.repository.rglob("*"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkspaceError, match="free some space"):
+        deploy.deploy(request)
+    assert sorted(result.repository.rglob("*")) == before
+
+
+def test_the_server_answers_as_the_reference(deployed: tuple[deploy.Request, deploy.Result],
+                                             server: serve.Server) -> None:
+    checked = deploy.check(asked(deployed[0], server, load=True, clients=(1, 4), seconds=0.5))
+    checked.require()
+    assert {row.batch for row in checked.rows} >= {1, 32}
+    assert checked.load is not None
+    assert {(one.transport, one.clients) for one in checked.load.levels} == {
+        (transport, count) for transport in ("grpc", "http", "shared-memory") for count in (1, 4)}
+    assert all(one.latency_ns and not one.errors for one in checked.load.levels)
+
+
+def test_a_killed_backend_is_noticed_and_started_again(deployed: tuple[deploy.Request, deploy.Result],
+                                                       server: serve.Server) -> None:
+    first = server.pid
+    stub = next(p for p in psutil.Process(first).children(True) if "stub" in " ".join(p.cmdline()))
+    stub.send_signal(signal.SIGKILL)
+    assert server.endpoint.ready()  # the server's own word
+    for _ in range(3):
+        server.watch()
+    assert server.pid != first
+    deploy.check(asked(deployed[0], server)).require()
+
+
+def test_beside_a_corrupt_version_the_old_one_serves(deployed: tuple[deploy.Request, deploy.Result],
+                                                     server: serve.Server) -> None:
+    request, result = deployed
+    with model_repository.opened(result.repository) as repository:
+        config = triton_config.read(result.repository / "small/config.pbtxt")
+        config.version_policy.specific.versions[:] = [9]
+        repository.put(repository.stage("small", 9, config, lambda f: (f / "model.onnx").write_bytes(b"no model")))
+        server.watch()
+        assert not server.endpoint.has("small/versions/9")
+        deploy.check(asked(request, server)).require()
+        assert repository.revert("small") == (9, 1)
+    server.watch()
+    assert model_repository.live(result.repository / "small") == 1
+    deploy.check(asked(request, server)).require()
+
+
+def test_a_new_version_is_followed(deployed: tuple[deploy.Request, deploy.Result], server: serve.Server) -> None:
+    version = deploy.deploy(deployed[0]).models["small"]
+    server.watch()
+    assert server.endpoint.has(f"small/versions/{version}")
+    deploy.check(asked(deployed[0], server)).require()
+
+
+def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
+    with pytest.raises(ServerError, match="see that the server runs"):
+        deploy.check(deploy.CheckRequest(deployed[0].model, deployed[0].out, None, "http://127.0.0.1:9"))
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    with model_repository.opened(tmp_path / "r"), pytest.raises(WorkspaceError, match="another enginesmith process"), \
+            model_repository.opened(tmp_path / "r"):
+        pass
+    assert workspace.LOCK in {path.name for path in (tmp_path / "r.staging").iterdir()}
+
+
+CURVE = Curve("", "", tuple(Point(b, 1, 2, ms * 1e6, ms * 1e6, b / ms * 1e3, 1) for b, ms in
+                            ((1, 10), (2, 12), (4, 16), (8, 31), (16, 62))))
+
+
+def test_the_limit_decides_the_batch() -> None:
+    free, held = capacity.choose(CURVE, None, 1 << 30), capacity.choose(CURVE, 40, 1 << 30)
+    assert (free.batching.max_batch, free.batching.preferred, free.batching.timeout_us) == (16, (4,), 0)
+    assert (held.batching.max_batch, held.batching.preferred) == (4, (4,))  # twice 16 ms, and not twice 31
+    assert held.batching.timeout_us == 24_000
+    assert capacity.choose(CURVE, 12, 1 << 30).batching.max_batch == 1
+    with pytest.raises(UsageError, match="a lone image takes"):
+        capacity.choose(CURVE, 9, 1 << 30)
