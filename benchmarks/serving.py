@@ -26,6 +26,7 @@ from engines import receipt
 from engines.worker import Worker
 from pipeline import deploy, serve, served, verify
 from pipeline.capacity import Curve, Point
+from pipeline.load_record import RUNGS
 from pipeline.record import typed
 from pipeline.workspace import ENGINES
 
@@ -84,7 +85,7 @@ def measure(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
                         "transport": transport, "clients": count, "images_per_second": one.images_per_second,
                         "p50_ms": one.percentile_ms(50), "p99_ms": one.percentile_ms(99), "mean_batch": one.mean_batch,
                         "queue_ms": one.queue_ns / 1e6, "infer_ms": one.compute_infer_ns / 1e6,
-                        "the_way_ms": one.transport_ms, "errors": sum(one.errors.values())})
+                        "the_way_ms": one.rungs_ms[RUNGS[-1]], "errors": sum(one.errors.values())})
             rounds.append(row)
         memory = {"in_process": worker.peak_bytes() / 1e6, "server": peak_mb(server.pid)}
     return {"network": asked.network, "precision": asked.precision, "best_batch": best, "why": made.choice.why,

@@ -1,6 +1,7 @@
 """A model of its own for the server: uint8 images of any size to the size that a network takes.
 
-Bilinear with antialias, as Pillow resizes: the triangle filter is as wide as the scale asks.
+Bilinear with antialias, as Pillow resizes: the triangle filter is as wide as the scale asks. Within 1 of 255 it is
+Pillow's, which rounds between the two directions.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ def write(path: Path, name: str, height: int, width: int, nchw: bool) -> None:
     nodes = [
         helper.make_node("Cast", [name], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Resize", ["planes", "", "", "size"], ["resized"], mode="linear", antialias=1, axes=[2, 3],
-                         coordinate_transformation_mode="half_pixel"),
+        # all four sizes, since ONNX Runtime 1.32 refuses a Resize of two axes whose input has unknown sizes
+        helper.make_node("Shape", ["planes"], ["batch and planes"], end=2),
+        helper.make_node("Concat", ["batch and planes", "size"], ["sizes"], axis=0),
+        helper.make_node("Resize", ["planes", "", "", "sizes"], ["resized"], mode="linear", antialias=1,
+                         coordinate_transformation_mode="half_pixel",
+                         exclude_outside=1),  # at the border the weights of what is there are scaled up to one
         helper.make_node("Round", ["resized"], ["rounded"]),
         helper.make_node("Clip", ["rounded", "least", "most"], ["clipped"]),
         *([] if nchw else [helper.make_node("Transpose", ["clipped"], ["rows"], perm=[0, 2, 3, 1])]),

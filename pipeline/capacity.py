@@ -31,6 +31,7 @@ STEPS, SECONDS = 5, 1.0  # of each point, at least the one and about the other
 ENOUGH = 0.95  # the smallest batch with this share of the best throughput is preferred
 WORTH = 1.2  # more instances have to bring this much, since a lone request then has fewer cores
 WAIT = 0.1  # a lone request waits for others at most this share of its time
+SERVER_BYTES = 512 << 20  # of tritonserver beside its models: about 100 MB idle, and room for requests on their way
 MEMORY = 0.5  # of the machine's, for all instances together
 
 
@@ -161,6 +162,14 @@ def _why(batching: Batching, chosen: Point, lone: Point, largest: Point, best: M
     return (*lines, f"largest batch {batching.max_batch}: {reason}; delay and two batches take at most "
                     f"{(batching.delay_us * 1e3 + _worst(largest)) / 1e6:.1f} ms of {max_latency_ms:g} ms",
             f"a request that has waited {batching.timeout_us / 1e3:.1f} ms is refused, not answered late")
+
+
+def in_flight(choice: Choice, max_latency_ms: float | None) -> int:
+    """Requests of one image that a server can have at a time: by Little's law those that are answered within the limit;
+    without one, for each instance the batch that runs and the one that gathers."""
+    if max_latency_ms is None:
+        return 2 * choice.batching.preferred[0] * choice.batching.instances
+    return max(1, int(choice.images_per_second * max_latency_ms / 1e3))
 
 
 def unmeasured(profiles: int, preferred: tuple[int, ...], batched: bool) -> Choice:

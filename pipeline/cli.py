@@ -303,6 +303,13 @@ def deploy(
         "--response-cache", help="Answer equal requests from memory.")] = False,
     reload: Annotated[str | None, typer.Option(
         metavar="URL", help="Server of this repository, which loads it; what it refuses is taken back.")] = None,
+    server: Annotated[str, typer.Option(
+        metavar="triton|kserve", help="kserve: write an InferenceService beside the repository, too.")] = "triton",
+    storage_uri: Annotated[str | None, typer.Option(
+        metavar="URI", help="Where the cluster finds the repository, e.g. s3://BUCKET/PATH; for kserve.")] = None,
+    max_replicas: Annotated[int, typer.Option(min=1, help="For kserve.")] = 8,
+    triton_release: Annotated[str | None, typer.Option(
+        metavar="YY.MM", help="The server's container: its TensorRT has to be a plan's.")] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the version before the live one live.")] = False,
     check: Annotated[str | None, typer.Option(
         metavar="URL", help="Deploy nothing: compare what a server answers with the reference.")] = None,
@@ -320,7 +327,7 @@ def deploy(
     from pipeline import deploy as stage
 
     request = stage.Request(model, out, repository, name, runtime, precision, device, max_latency_ms, version, labels,
-                            response_cache, reload)
+                            response_cache, reload, server, storage_uri, max_replicas, triton_release)
     if check is not None:
         asked = stage.CheckRequest(model, out, name, check, grpc_port, max_error, load, _numbers("clients", clients),
                                    tuple(transport or ()), seconds)
@@ -584,12 +591,14 @@ def _print_deploy(result: DeployResult, as_json: bool) -> None:
         print(json.dumps({"repository": str(result.repository), "models": result.models,
                           "engine": result.engine and result.engine.file,
                           "choice": result.choice and asdict(result.choice),
-                          "findings": [asdict(finding) for finding in result.findings], "notes": result.notes}))
+                          "findings": [asdict(finding) for finding in result.findings], "notes": result.notes,
+                          "service": result.service and str(result.service)}))
         return
     lines = [*(result.choice.why if result.choice else ()), *result.notes]
     lines += [f"{f.level}: {f.file}, {f.field}: {f.found}; expected {f.expected}; {f.mend}" for f in result.findings]
     lines += [f"live: {name} version {version}" for name, version in result.models.items()]
-    _print_lines(_console(), [*lines, f"{result.repository}"])
+    lines += [f"{result.repository}", *([f"{result.service}"] if result.service else [])]
+    _print_lines(_console(), lines)
 
 
 def _print_checked(result: Checked, as_json: bool) -> None:
@@ -609,15 +618,13 @@ def _print_checked(result: Checked, as_json: bool) -> None:
     _print_lines(console, [f"failed: {row.reason}" for row in result.rows if row.reason])
     if result.load is None:
         return
-    table = Table("transport", "clients", "images/s", "p50 ms", "p95", "p99", "batch", "queue", "input", "infer",
-                  "output", "the way", "errors", box=SIMPLE_HEAD,
-                  title="Under load (server's means in ms: queue to output; the way: the rest)")
+    table = Table("transport", "clients", "images/s", "p50 ms", "p95", "p99", "batch", "queue", "input", "compute",
+                  "output", "way", "errors", box=SIMPLE_HEAD,
+                  title="Under load (means in ms from queue to way, which add up: the server's, and the way to it)")
     for level in result.load.levels:
-        rungs = (level.queue_ns, level.compute_input_ns, level.compute_infer_ns, level.compute_output_ns)
         table.add_row(level.transport, str(level.clients), f"{level.images_per_second:.1f}",
                       *(f"{level.percentile_ms(share):.1f}" for share in (50, 95, 99)), f"{level.mean_batch:.1f}",
-                      *(f"{ns / 1e6:.2f}" for ns in rungs), f"{level.transport_ms:.2f}",
-                      str(sum(level.errors.values())))
+                      *(f"{ms:.2f}" for ms in level.rungs_ms.values()), str(sum(level.errors.values())))
     console.print(table)
     errors = {text: count for level in result.load.levels for text, count in level.errors.items()}
     _print_lines(console, [*(f"error: {text} ({count} times)" for text, count in errors.items()), f"{result.path}"])

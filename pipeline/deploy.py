@@ -17,6 +17,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
+import psutil
 
 from engines import model_file
 from engines import receipt as receipts
@@ -24,7 +25,19 @@ from engines.errors import ServerError, StaleEngine, VerifyFailed
 from engines.receipt import Receipt
 from engines.runtime import BuildRequest, TensorSpec
 from export.errors import CheckFailed, UsageError
-from pipeline import artifact, build, capacity, model_repository, served, triton_config, verify, workspace
+from pipeline import (
+    artifact,
+    build,
+    capacity,
+    kserve,
+    load_record,
+    model_repository,
+    served,
+    triton_config,
+    triton_releases,
+    verify,
+    workspace,
+)
 from pipeline.capacity import Choice
 from pipeline.export import MODEL, REFERENCE, Progress
 from pipeline.model_repository import DEPLOYMENT, PROOF, Repository
@@ -34,6 +47,7 @@ from pipeline.triton_config import BACKENDS, LABELS, MODEL_FILES, Served
 from pipeline.triton_lint import Finding, Target, lint
 from pipeline.workspace import ENGINES
 
+SERVERS = ("triton", "kserve")
 CAPACITY = "capacity"
 RELOAD_SECONDS = 20
 RESIZE, IMAGE = "_resize", "_image"
@@ -43,7 +57,8 @@ RESIZE, IMAGE = "_resize", "_image"
 class Request:
     """What a user asks for. `repository` None: `model_repository` of the artifact. `name` None: the artifact's.
     `labels`: a file with a line for each class. `reload`: the URL of a server of this repository, which
-    is told."""
+    is told. `server`: `triton`, or `kserve`, which takes the repository from `storage_uri` and runs up to
+    `max_replicas` of it. `triton_release`: the server's container, such as `25.01`."""
 
     model: str
     out: Path = Path("artifacts")
@@ -57,11 +72,16 @@ class Request:
     labels: Path | None = None
     response_cache: bool = False
     reload: str | None = None
+    server: str = "triton"
+    storage_uri: str | None = None
+    max_replicas: int = 8
+    triton_release: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """`choice` and `engine` None after a rollback. `models`: name -> version that is live."""
+    """`choice` and `engine` None after a rollback. `models`: name -> version that is live. `service`: the file of the
+    InferenceService, for KServe."""
 
     repository: Path
     models: Mapping[str, int]
@@ -69,6 +89,7 @@ class Result:
     choice: Choice | None = None
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    service: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,7 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
     choice = _chosen(request, ready, progress)
     name = request.name or ready.manifest["name"]
     where = request.repository or ready.folder / REPOSITORY
+    service = _service(request, ready, name, choice) if request.server == "kserve" else None
     with model_repository.opened(where) as repository:
         progress("put into the repository")
         before = model_repository.live(repository.folder / name)
@@ -108,13 +130,19 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
             live |= _ensemble(repository, ready, config)
         if request.reload is not None:
             _reload(served.endpoint(request.reload), repository, name, before, progress)
-    return Result(where, live, ready.receipt, choice, findings, ready.notes)
+        path = None if service is None else repository.beside(kserve.FILE, kserve.text(service))
+    return Result(where, live, ready.receipt, choice, findings, ready.notes, path)
 
 
 def _check(request: Request) -> None:
     if request.runtime not in BACKENDS:
         raise UsageError(f"runtime {request.runtime!r}", "Triton has no backend for it here",
                          f"one of {', '.join(BACKENDS)}")
+    if request.server not in SERVERS or (request.server == "kserve") != (request.storage_uri is not None):
+        raise UsageError(f"server {request.server!r}", "with a storage URI" if request.storage_uri else "without a "
+                         "storage URI", "triton, or kserve with the --storage-uri that the cluster reads")
+    if request.triton_release is not None:
+        triton_releases.find(request.triton_release)
     if request.name is not None and not request.name.replace("_", "a").replace("-", "a").replace(".", "a").isalnum():
         raise UsageError(f"name {request.name!r}", "not a name of a model", "letters, digits, _, - and .")
     if request.labels is not None and not request.labels.is_file():
@@ -224,10 +252,10 @@ def _described(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
 def _target(request: Request) -> Target:
     """The server that it is for: a GPU's memory and kind are read where there is one."""
     if request.device == "cpu":
-        return Target(BACKENDS[request.runtime][0] == "tensorrt")
+        return Target(BACKENDS[request.runtime][0] == "tensorrt", request.triton_release)
     from engines.machine import gpu
 
-    return Target(True, gpu(request.device)[1], capacity.machine_memory(request.device))
+    return Target(True, request.triton_release, gpu(request.device)[1], capacity.machine_memory(request.device))
 
 
 def _same_interface(folder: Path, config: Any) -> tuple[Finding, ...]:
@@ -253,6 +281,25 @@ def _accept(findings: tuple[Finding, ...]) -> None:
         one = errors[0]
         raise CheckFailed(f"{one.file}, {one.field}", one.found, one.expected,
                           f"{one.mend}; {len(errors)} errors in all, nothing was deployed")
+
+
+# --- a cluster -------------------------------------------------------------------------------------------------
+
+def _service(request: Request, ready: Ready, name: str, choice: Choice) -> dict[str, Any]:
+    """KServe's manifest of a replica as it was measured. Raises UsageError for an engine that was not measured."""
+    if not choice.images_per_second:
+        raise UsageError(f"engine {ready.receipt.file}", "was not measured, as it does not run here or has a fixed "
+                         "batch", "throughput and memory, which a replica is asked for by",
+                         "deploy it with --server kserve on a machine that runs it")
+    batching = choice.batching
+    cores = batching.instances * batching.threads if request.device == "cpu" else psutil.cpu_count(logical=False) or 1
+    return kserve.inference_service(kserve.Service(
+        name=kserve.service_name(name), storage_uri=request.storage_uri or "", cpu=cores,
+        memory_bytes=choice.memory_bytes + capacity.SERVER_BYTES, gpus=0 if request.device == "cpu" else 1,
+        concurrency=capacity.in_flight(choice, request.max_latency_ms), max_replicas=request.max_replicas,
+        runtime_version=request.triton_release and f"{request.triton_release}-py3",
+        labels={"app.kubernetes.io/managed-by": "enginesmith", "enginesmith/precision": request.precision},
+        annotations={"enginesmith/engine-sha256": ready.receipt.sha256}))
 
 
 # --- raw pixels ------------------------------------------------------------------------------------------------
@@ -360,7 +407,7 @@ class Checked:
     """`load` and `path` None where no load test was asked for, or the check failed before."""
 
     rows: tuple[served.Row, ...]
-    load: served.Load | None = None
+    load: load_record.Load | None = None
     path: Path | None = None
 
     def require(self) -> None:
@@ -385,7 +432,7 @@ def check(request: CheckRequest, progress: Progress = lambda step: None) -> Chec
     if not request.load or any(row.status == "failed" for row in rows):
         return Checked(rows)
     made, path = served.load(at, request.url, name, manifest, cases, request.clients,
-                             request.transports or served.TRANSPORTS, request.seconds, folder / served.LOADS,
+                             request.transports or served.TRANSPORTS, request.seconds, folder / load_record.LOADS,
                              progress)
     return Checked(rows, made, path)
 

@@ -2,6 +2,7 @@
 
     <repository>/<model>/config.pbtxt           names the live version: its rename is the commit
                          <version>/             the model file, its labels, what proves it, and a copy of its config
+    <file>                                  for who reads the repository, e.g. KServe's manifest
     <repository>.staging/                       where versions are made, and the lock of whoever makes them
 
 A version's folder is put in place whole, beside the live one, and counts for nothing until the configuration names it.
@@ -89,6 +90,13 @@ class Repository:
         workspace.flush_folder(target)
         (staged / CONFIG).replace(target / CONFIG)
         workspace.flush_folder(target)
+
+    def beside(self, name: str, text: str) -> Path:
+        """Writes a text file beside the repository, in one rename."""
+        staged, target = self._staging / name, self.folder.with_name(name)
+        staged.write_text(text, "utf-8")
+        staged.replace(target)
+        return target
 
     def revert(self, name: str, version: int | None = None) -> tuple[int | None, int]:
         """Makes an earlier version live, the one before if none is named; (what was live, what is). Raises

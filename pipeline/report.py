@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import CheckFailed, UsageError, WorkspaceError, listed
-from pipeline import analysis, record, report_page, report_text
+from pipeline import analysis, load_record, record, report_page, report_text
+from pipeline.load_record import LOADS, Load
 from pipeline.record import Run
 from pipeline.report_text import Part
 from pipeline.workspace import MANIFEST, NEW
@@ -68,7 +69,7 @@ class Result:
 def report(request: Request) -> Result:
     """Writes the report. Raises UsageError for what is no run, and WorkspaceError for a folder not writable."""
     paths = [_file_of(path) for path in request.runs]
-    parts = tuple(_part(request, record.read(path)) for path in paths)
+    parts = tuple(_part(request, record.read(path), path) for path in paths)
     if request.baseline is not None:
         parts = _compared(parts, record.read(_file_of(request.baseline)), request.tolerance)
     folder = request.out or _default_folder(paths)
@@ -80,9 +81,20 @@ def report(request: Request) -> Result:
     return Result(folder, parts)
 
 
-def _part(request: Request, run: Run) -> Part:
+def _part(request: Request, run: Run, path: Path) -> Part:
     return Part(run, analysis.rows(run), analysis.recommended(run, request.max_error, request.max_latency_ms),
-                analysis.warnings(run), analysis.int8_worth(run))
+                analysis.warnings(run), analysis.int8_worth(run), load=_load_of(run, path))
+
+
+def _load_of(run: Run, path: Path) -> Load | None:
+    """The newest load test of the artifact that the run lies in, if it was of the same model."""
+    found = []
+    for file in path.resolve().parent.parent.glob(f"{LOADS}/*.json"):
+        with suppress(UsageError):  # as for runs
+            load = load_record.read(file)
+            if load.model_sha256 == run.model_sha256 and any(one.latency_ns for one in load.levels):
+                found.append((load.environment.date, load.load_id, load))
+    return max(found)[2] if found else None
 
 
 def _compared(parts: tuple[Part, ...], baseline: Run, tolerance: float) -> tuple[Part, ...]:

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import report_text
 from pipeline.analysis import Choice, Row, title
+from pipeline.load_record import RUNGS, Load
 from pipeline.record import Run, Series
 
 # told apart by the colour-blind, and on white as on black: Okabe and Ito 2008, and two more of Tol 2021
@@ -30,6 +32,7 @@ FORMS = MappingProxyType({"fp32": ("circle", "solid"), "tf32": ("circle-open", "
                           "int8": ("diamond", "dot")})
 STEPS = (("host_to_device", "host to device", "#9aa5b1"), ("compute", "compute", "#3d7ea6"),
          ("device_to_host", "device to host", "#6c7a89"), ("", "call overhead", "#c9a227"))
+RUNG_COLOURS = ("#c9a227", "#9aa5b1", "#3d7ea6", "#6c7a89", "#b07aa1")
 POINTS = 500  # of a distribution that are drawn, evenly taken; a box is always of all
 SMALLEST_ERROR = 1e-8  # drawn for an error of zero, which a logarithm has no place for
 
@@ -47,8 +50,8 @@ class Figure:
     wide: bool = False
 
 
-def figures(run: Run, rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
-    """Those that the run has numbers for."""
+def figures(run: Run, rows: Sequence[Row], choice: Choice, load: Load | None = None) -> Iterator[Figure]:
+    """Those that the run, and the load test of what was deployed, have numbers for."""
     alone = [r for r in rows if r.series.concurrency == 1]
     yield from _front(alone, choice)
     for where, found in _facets(rows, lambda r: (r.series.mode, r.series.batch, r.series.concurrency)):
@@ -58,6 +61,8 @@ def figures(run: Run, rows: Sequence[Row], choice: Choice) -> Iterator[Figure]:
     yield from _batches(alone)
     for where, found in _facets(rows, lambda r: (r.series.mode, r.series.batch)):
         yield from _concurrency(where, found)
+    if load is not None:
+        yield from _served(load, rows)
 
 
 def _facets(rows: Sequence[Row], key: Callable[[Row], tuple[str | int, ...]]) -> Iterator[tuple[str, list[Row]]]:
@@ -194,6 +199,26 @@ def _ladder(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
               "yaxis": {"autorange": "reversed", "automargin": True}}
     yield Figure(f"Where the time goes, {where}", "Medians by CUDA events; call overhead is what is left of the whole "
                  "call.", 140 + 40 * len(drawn), data, layout)
+
+
+def _served(load: Load, rows: Sequence[Row]) -> Iterator[Figure]:
+    """The ladder of a request to the server, for each transport, below the same engine in process."""
+    engine = report_text.in_process(load, rows)
+    for transport, found in groupby(sorted(load.levels, key=lambda one: (one.transport, one.clients)),
+                                    lambda one: one.transport):
+        levels = [one for one in found if one.latency_ns]
+        names = [f"{one.clients} client{'s' if one.clients > 1 else ''}" for one in levels]
+        data = [{"type": "bar", "orientation": "h", "name": rung, "y": names, "marker": {"color": colour},
+                 "x": _rounded([one.rungs_ms[rung] for one in levels])}
+                for rung, colour in zip(RUNGS, RUNG_COLOURS, strict=True)]
+        if engine is not None:
+            data.insert(0, {"type": "bar", "orientation": "h", "name": "in process", "y": ["in process"],
+                            "x": _rounded([engine.latency_ms]), "marker": {"color": _colour(engine.series)}})
+        layout = {"barmode": "stack", "legend": {"traceorder": "normal"}, "xaxis": {"title": {"text": "ms"}},
+                  "yaxis": {"autorange": "reversed", "automargin": True}}
+        yield Figure(f"A request to the server, {escape(transport)}", "Means by the server's statistics; the way there "
+                     "and back is what they leave of the client's time. In process: the median of the same precision "
+                     "without a server.", 200 + 34 * (len(names) + 1), data, layout)
 
 
 def _stages(row: Row) -> list[float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline import report_figures, report_text
 from pipeline.analysis import Row, name, number
 from pipeline.report_figures import Figure
-from pipeline.report_text import COLUMNS, Part
+from pipeline.report_text import COLUMNS, SERVED_COLUMNS, Part
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -23,7 +23,7 @@ def page(parts: Sequence[Part], tolerance: float, published: bool) -> str:
     """HTML of the whole report."""
     from plotly.offline import get_plotlyjs
 
-    figures = [list(report_figures.figures(p.run, p.rows, p.choice)) for p in parts]
+    figures = [list(report_figures.figures(p.run, p.rows, p.choice, p.load)) for p in parts]
     title = escape(report_text.heading(parts))
     first = [0, *(sum(map(len, figures[:i + 1])) for i in range(len(figures)))]  # number of each part's first figure
     body = "".join(_section(p, found, start, tolerance) for p, found, start in zip(parts, figures, first, strict=False))
@@ -58,6 +58,7 @@ def _section(part: Part, figures: Sequence[Figure], first: int, tolerance: float
             f"{_regressions(part, tolerance)}{_warnings(part)}"
             f"<h3>Was int8 worth it?</h3>\n<p>{escape(part.int8)}</p>\n"
             f"<h3>Configurations</h3>\n{_configurations(part)}"
+            f"{_served(part)}"
             f'<h3>Figures</h3>\n<div class="figures">\n{plots}</div>\n'
             f"<h3>Environment</h3>\n{_facts(part)}</section>\n")
 
@@ -114,6 +115,15 @@ def _configurations(part: Part) -> str:
     marked = [i for i, row in enumerate(part.rows) if row.series is part.choice.series]
     cells = [[cell(row) for _, cell in COLUMNS] for row in part.rows]
     return _table([heading for heading, _ in COLUMNS], cells, marked)
+
+
+def _served(part: Part) -> str:
+    if part.load is None:
+        return ""
+    table = _table([heading for heading, _ in SERVED_COLUMNS],
+                   [[cell(one) for _, cell in SERVED_COLUMNS] for one in part.load.levels])
+    return (f"<h3>Served</h3>\n<p>{escape(report_text.served(part))}</p>\n{table}"
+            f"<p>Load test {escape(part.load.load_id)}: <code>{escape(part.load.command)}</code></p>\n")
 
 
 def _overview(parts: Sequence[Part]) -> str:

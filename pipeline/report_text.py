@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline import analysis, statistics
 from pipeline.analysis import Choice, Regression, Row, name, number, title
+from pipeline.load_record import RUNGS, Level, Load
 from pipeline.record import Run, Series
 from pipeline.statistics import Percentile
 
@@ -30,7 +31,8 @@ PUBLISHED_NOTE = ("Published figures of the classic convnet benchmark, for scale
 
 @dataclass(frozen=True)
 class Part:
-    """One run of the report. `baseline`: the run it is compared with, if asked for."""
+    """One run of the report. `baseline`: the run it is compared with, if asked for. `load`: the newest load test of the
+    same model, if there is one."""
 
     run: Run
     rows: tuple[Row, ...]
@@ -39,6 +41,7 @@ class Part:
     int8: str
     baseline: Run | None = None
     regressions: tuple[Regression, ...] = ()
+    load: Load | None = None
 
 
 # --- sentences -------------------------------------------------------------------------------------------------
@@ -62,6 +65,26 @@ def summary(part: Part) -> str:
     said = [f"{part.run.model} answers in {_two_digits(row.latency_ms)} ms{batch} with {title(row.series)}",
             _against_tensorflow(row), f"at a relative error {_error(row.series.relative_l2 or 0.0)}"]
     return ", ".join(text for text in said if text) + "."
+
+
+def served(part: Part) -> str:
+    """Of the load test: what a lone request takes beside the same engine in process, and where the rest goes."""
+    assert part.load is not None
+    lone = min(part.load.levels, key=lambda one: (one.clients, one.percentile_ms(50)))
+    count = "a lone client" if lone.clients == 1 else f"each of {lone.clients} clients"
+    rungs = ", ".join(f"{rung} {number(ms)}" for rung, ms in lone.rungs_ms.items())
+    engine = in_process(part.load, part.rows)
+    beside = "" if engine is None else f", the engine in process {number(engine.latency_ms)} ms ({name(engine.series)})"
+    return (f"Served by Triton in {part.load.precision}, {count} gets an answer in {number(lone.percentile_ms(50))} ms "
+            f"over {lone.transport}{beside}. Means in ms: {rungs}.")
+
+
+def in_process(load: Load, rows: Sequence[Row]) -> Row | None:
+    """What a lone request compares with: the same precision in process, batch 1, by ONNX Runtime or TensorRT."""
+    found = [r for r in rows if r.series.precision == load.precision and r.series.batch == 1
+             and r.series.concurrency == 1 and r.series.mode == "forward"
+             and r.series.runtime.startswith(("onnxruntime", "tensorrt"))]
+    return min(found, key=lambda r: r.latency_ms, default=None)
 
 
 def _against_tensorflow(row: Row) -> str:
@@ -134,6 +157,19 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+SERVED_COLUMNS: tuple[tuple[str, Callable[[Level], str]], ...] = (
+    ("Clients", lambda one: f"{one.clients}, {one.transport}"),
+    ("Images / s", lambda one: number(one.images_per_second)),
+    ("p50, ms", lambda one: number(one.percentile_ms(50))),
+    ("p95, ms", lambda one: number(one.percentile_ms(95))),
+    ("p99, ms", lambda one: number(one.percentile_ms(99))),
+    ("Images in a batch", lambda one: f"{one.mean_batch:.1f}"),
+    *((f"{rung.capitalize()}, ms", lambda one, rung=rung: number(one.rungs_ms[rung]))
+      for rung in RUNGS),
+    ("Errors", lambda one: str(sum(one.errors.values()))),
+)
+
+
 def facts(part: Part) -> dict[str, str]:
     """Where and how it was measured."""
     run, e = part.run, part.run.environment
@@ -165,10 +201,22 @@ def document(parts: Sequence[Part]) -> dict[str, Any]:
         "run_id": p.run.run_id, "model": p.run.model, "machine": machine(p.run), "complete": p.run.complete,
         "summary": summary(p), "recommended": None if p.choice.row is None else p.choice.row.series.name,
         "reason": p.choice.reason, "warnings": list(p.warnings), "int8": p.int8,
-        "baseline": None if p.baseline is None else p.baseline.run_id,
+        "baseline": None if p.baseline is None else p.baseline.run_id, "served": _served(p),
         "regressions": [{"configuration": r.series.name, "latency_ms": r.latency_ms, "baseline_ms": r.baseline_ms,
                          "ratio": r.ratio, "low": r.low, "high": r.high} for r in p.regressions],
         "configurations": [_flat(p, one) for one in p.run.series]} for p in parts]}
+
+
+def _served(part: Part) -> dict[str, Any] | None:
+    if part.load is None:
+        return None
+    return {"load_id": part.load.load_id, "precision": part.load.precision, "engine_sha256": part.load.engine_sha256,
+            "summary": served(part), "levels": [
+                {"transport": one.transport, "clients": one.clients, "batch": one.batch,
+                 "images_per_second": one.images_per_second, "mean_batch": one.mean_batch,
+                 **{f"p{share}_ms": _finite(one.percentile_ms(share)) for share in (50, 95, 99)},
+                 "rungs_ms": {rung: _finite(ms) for rung, ms in one.rungs_ms.items()},
+                 "errors": sum(one.errors.values())} for one in part.load.levels]}
 
 
 def table_csv(parts: Sequence[Part]) -> str:
@@ -231,7 +279,12 @@ def _section(part: Part, tolerance: float) -> list[str]:
         lines += ["Warnings:", "", *(f"- {_plain(text)}" for text in part.warnings), ""]
     table = [[heading for heading, _ in COLUMNS], *([cell(row) for _, cell in COLUMNS] for row in part.rows)]
     told = {**facts(part), "Command": part.run.command}
-    return [*lines, *_table(table), "", *(f"- {key}: {_plain(value)}" for key, value in told.items())]
+    lines += [*_table(table), ""]
+    if part.load is not None:
+        table = [[heading for heading, _ in SERVED_COLUMNS],
+                 *([cell(one) for _, cell in SERVED_COLUMNS] for one in part.load.levels)]
+        lines += [_plain(served(part)), "", *_table(table), ""]
+    return [*lines, *(f"- {key}: {_plain(value)}" for key, value in told.items())]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

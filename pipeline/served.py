@@ -27,10 +27,10 @@ import numpy as np
 from engines.errors import EngineError, ServerError, VerifyFailed
 from engines.runtime import missing
 from export.errors import UsageError
-from pipeline import environment, record, triton_config, verify
+from pipeline import environment, triton_config, verify
 from pipeline.export import Progress
+from pipeline.load_record import Level, Load
 from pipeline.model_repository import DEPLOYMENT, PROOF
-from pipeline.record import Environment
 from pipeline.verify import Case, Comparison
 
 try:
@@ -44,8 +44,6 @@ TRANSPORTS = ("grpc", "http", "shared-memory")
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 TIMEOUT_SECONDS = 60.0
 AT_ONCE = 4  # clients of a check
-LOADS = "loads"
-SCHEMA = 1
 Infer = Callable[[], Any]  # one request; an object with as_numpy(name)
 
 
@@ -272,57 +270,6 @@ def require(rows: Sequence[Row]) -> None:
 
 # --- load ------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Level:
-    """`clients` that each send the next request when the last is answered, for `seconds`.
-
-    `latency_ns` of every answered request; `errors`: text -> how many. `mean_batch`: images in an execution. The rungs
-    are the server's means for one request, in nanoseconds.
-    """
-
-    transport: str
-    clients: int
-    batch: int
-    seconds: float
-    latency_ns: tuple[int, ...]
-    errors: Mapping[str, int]
-    mean_batch: float
-    queue_ns: float
-    compute_input_ns: float
-    compute_infer_ns: float
-    compute_output_ns: float
-
-    @property
-    def images_per_second(self) -> float:
-        return len(self.latency_ns) * self.batch / self.seconds if self.seconds else 0.0
-
-    def percentile_ms(self, share: float) -> float:
-        """Of the answered requests; not a number if there were none."""
-        return float(np.percentile(self.latency_ns, share)) / 1e6 if self.latency_ns else float("nan")
-
-    @property
-    def transport_ms(self) -> float:
-        """What the server's rungs do not explain of the mean: the wire, the protocol, and the client."""
-        rungs = self.queue_ns + self.compute_input_ns + self.compute_infer_ns + self.compute_output_ns
-        return (float(np.mean(self.latency_ns)) - rungs) / 1e6 if self.latency_ns else float("nan")
-
-
-@dataclass(frozen=True)
-class Load:
-    """One load test. `engine_sha256`: of the engine that the server says it runs."""
-
-    load_id: str
-    model: str
-    model_sha256: str
-    engine_sha256: str
-    precision: str
-    url: str
-    command: str
-    environment: Environment
-    levels: tuple[Level, ...]
-    schema: int = SCHEMA
-
-
 def level(at: Endpoint, model: str, feeds: Mapping[str, np.ndarray], transport: str, clients: int, seconds: float
           ) -> Level:
     """Runs `clients` for `seconds`. Raises ServerError where the server does not answer at all."""
@@ -415,12 +362,3 @@ def load(at: Endpoint, url: str, model: str, manifest: Mapping[str, Any], cases:
     staged.write_text(json.dumps(asdict(made)) + "\n", "utf-8")
     staged.replace(path)
     return made, path
-
-
-def read(path: Path) -> Load:
-    """Raises UsageError that names the field which is not what schema 1 says."""
-    try:
-        found: Load = record.typed(Load, json.loads(path.read_bytes()), "load")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"load test {path}", str(error), f"schema {SCHEMA}", "measure again") from error
-    return found

@@ -17,7 +17,7 @@ from engines import model_file
 from engines.errors import ModelFileError
 from engines.runtime import TensorSpec
 from export.errors import UsageError
-from pipeline import triton_config
+from pipeline import triton_config, triton_releases
 from pipeline.model_repository import DEPLOYMENT
 from pipeline.triton_config import CONFIG, MODEL_FILES, model_config_pb2
 
@@ -26,9 +26,10 @@ GPU_KIND = model_config_pb2.ModelInstanceGroup.KIND_GPU
 
 @dataclass(frozen=True)
 class Target:
-    """The server that the model is for. Unknown values are None."""
+    """The server that the model is for. Unknown values are None; `release`: of Triton's container, such as `25.01`."""
 
     gpu: bool = False
+    release: str | None = None
     compute_capability: str | None = None
     gpu_memory_bytes: int | None = None
 
@@ -186,10 +187,38 @@ def _plan(s: Subject) -> Iterator[Finding]:
     built, here = key.get("compute_capability"), s.target.compute_capability
     if built and here and built != here and not key["options"]["hardware_compatible"]:
         yield s.finding("plan", f"built for compute capability {built}", here, "build it on the server's kind of GPU")
-    if key.get("runtime") == "tensorrt-rtx":
+    if key["runtime"] == "tensorrt-rtx":
         yield s.finding("backend", "a TensorRT-RTX plan", "a TensorRT plan, which is what Triton's tensorrt backend "
                         "was built for", "serve it by a backend that was built against TensorRT-RTX, or build with "
                         "--runtime tensorrt", "warning")
+    elif not key["options"]["version_compatible"]:
+        yield from _tensorrt(s, key["version"])
+
+
+def _tensorrt(s: Subject, version: str) -> Iterator[Finding]:
+    """A plan loads only in the TensorRT that built it: the one of the server's release has to be the same."""
+    known = triton_releases.for_tensorrt(version)
+    if s.target.release is None:
+        has = " or ".join(row.container for row in known) or f"one with it, by {triton_releases.SUPPORT_MATRIX}"
+        yield s.finding("plan", f"built by TensorRT {version}, for an unnamed Triton release", f"Triton {has}",
+                        "name the server's by --triton-release", "warning")
+        return
+    row = triton_releases.find(s.target.release)
+    if row is None:
+        yield s.finding("plan", f"built by TensorRT {version}", f"that of Triton {s.target.release}, which the "
+                        "table does not have", f"compare it with {triton_releases.SUPPORT_MATRIX}", "warning")
+        return
+    if row not in known:
+        yield s.finding("plan", f"built by TensorRT {version}", f"{row.tensorrt}, that of Triton {row.container}",
+                        f"build with TensorRT {row.tensorrt}, or with --version-compatible")
+    built = s.receipt["key"].get("compute_capability")
+    if built and _pair(built) < _pair(row.compute_capability):
+        yield s.finding("plan", f"built for compute capability {built}", f"at least {row.compute_capability}, the "
+                        f"least of Triton {row.container}", "serve it by an earlier release")
+
+
+def _pair(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
 
 
 def _portable(s: Subject) -> Iterator[Finding]:

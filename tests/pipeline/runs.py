@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.load_record import Level, Load
 from pipeline.record import Environment, Limit, Rounds, Run, Series, Settings
 
 # runtime, precision, milliseconds at batch 1, relative L2 error, megabytes
@@ -81,3 +82,18 @@ def on_gpu() -> Run:
     return run(found, run_id="20260303-110000", device="cuda:0", limits=(), bandwidth_bytes_per_second=0.0,
                environment=environment(host="bench-2", date="2026-03-03T11:00:00+00:00",
                                        gpu={"name": "NVIDIA H100 80GB HBM3", "driver": "580.65"}))
+
+
+def load(**changes: Any) -> Load:
+    """Clients of a server of run()'s model: the mean is 21 ms alone, 5 of them in the queue and 12 computing."""
+    levels = []
+    for transport, way in (("grpc", 2.5), ("http", 3.5)):
+        for clients in (1, 8):
+            rungs = [int(ms * clients * 1e6) for ms in (5.0, 0.6, 12.0, 0.4)]
+            mean = sum(rungs) + int(way * 1e6)
+            levels.append(Level(transport, clients, 1, 3.0, (mean - 2_000_000, mean, mean + 2_000_000), {},
+                                1.0 if clients == 1 else 4.0, *map(float, rungs)))
+    made = Load("20260302T110000-ab12", "resnet_v2_50", "ab" * 32, "cd" * 32, "fp32", "http://127.0.0.1:8000",
+                "python -m pipeline.deploy resnet_v2_50 --check http://127.0.0.1:8000 --load", environment(),
+                tuple(levels))
+    return replace(made, **changes)

@@ -4,54 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import onnx
 import psutil
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
 from pipeline import capacity, deploy, model_repository, serve, triton_config, triton_lint, workspace
 from pipeline.capacity import Curve, Point
-
-
-def small(path: Path, width: int = 5) -> Path:
-    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, width)).astype(np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])], "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])], [weight])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[deploy.Request, deploy.Result]:
-    folder = tmp_path_factory.mktemp("deploy")
-    request = deploy.Request(str(small(folder / "small.onnx")), folder / "artifacts")
-    return request, deploy.deploy(request)
-
-
-@pytest.fixture(scope="module")
-def server(deployed: tuple[deploy.Request, deploy.Result]) -> Iterator[serve.Server]:
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    with serve.started(serve.Request(deployed[1].repository, *ports, health_seconds=1)) as running:
-        yield running
-
-
-def asked(request: deploy.Request, server: serve.Server, **more: object) -> deploy.CheckRequest:
-    at = server.endpoint
-    return deploy.CheckRequest(request.model, request.out, None, f"http://127.0.0.1:{at.http}", at.grpc,
-                               **more)  # type: ignore[arg-type]
+from tests.pipeline.servers import asked, small
 
 
 def test_a_deployed_version_is_whole(deployed: tuple[deploy.Request, deploy.Result]) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,41 @@ def test_the_files(tmp_path: Path) -> None:
     assert re.search(r"answers in 7\.\d ms with ONNX Runtime int8, 3\.\d times as fast as TensorFlow", said)
     assert "n/a (needs 662 samples)" in said  # p99 of 100 samples
     assert "Was int8 worth it?" in said
+
+
+def artifact_with_load(tmp_path: Path, **changes: object) -> Path:
+    """The report of an artifact folder with a run and a load test."""
+    home = tmp_path / "net"
+    for name in ("benchmarks", "loads"):
+        (home / name).mkdir(parents=True)
+    (home / "manifest.json").write_text("{}")
+    saved(home / "benchmarks", runs.run())
+    (home / "loads/damaged.json").write_text("{}")
+    (home / "loads/1.json").write_text(json.dumps(asdict(runs.load(**changes))))
+    assert run("report", home) == 0
+    return home / "report"
+
+
+def test_what_serving_adds_to_the_engines_time(tmp_path: Path) -> None:
+    folder = artifact_with_load(tmp_path)
+    served = json.loads((folder / "report.json").read_bytes())["runs"][0]["served"]
+    alone = served["levels"][0]
+    assert alone["rungs_ms"] == {"queue": 5.0, "compute input": 0.6, "compute": 12.0, "compute output": 0.4,
+                                 "the way there and back": 2.5}
+    assert alone["p50_ms"] == pytest.approx(sum(alone["rungs_ms"].values()))
+    said = re.search(r"a lone client gets an answer in 20\.5 ms over grpc, the engine in process 16\.\d+ ms \(ONNX "
+                     r"Runtime fp32", served["summary"])
+    assert said, served["summary"]
+    for name in ("index.html", "report.md"):
+        text = unescape((folder / name).read_text("utf-8"))
+        assert said[0] in text and "The way there and back" in text
+    assert "A request to the server, http" in (folder / "index.html").read_text("utf-8")
+
+
+def test_a_load_test_of_another_model_is_left_out(tmp_path: Path) -> None:
+    folder = artifact_with_load(tmp_path, model_sha256="ef" * 32)
+    assert json.loads((folder / "report.json").read_bytes())["runs"][0]["served"] is None
+    assert "A request to the server" not in (folder / "index.html").read_text("utf-8")
 
 
 def test_an_artifact_folder_stands_for_its_newest_complete_run(tmp_path: Path) -> None:
@@ -184,6 +219,13 @@ def test_every_figure_is_drawn_and_nothing_overflows(width: int, tmp_path: Path)
     assert seen["width"] == width
     assert seen["overflow"] <= 0
     assert seen["loaded"] == 0  # not one further file
+
+
+@browser
+def test_the_figures_of_a_load_test_are_drawn(tmp_path: Path) -> None:
+    seen = shown(artifact_with_load(tmp_path) / "index.html", 390)
+    assert seen["drawn"] == seen["figures"] == 3 + 2  # a front, samples and burn-in; a request by gRPC and by HTTP
+    assert seen["overflow"] <= 0
 
 
 @browser

@@ -1,0 +1,36 @@
+"""A small model, and what is needed to serve and to ask it in a test."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline import deploy, serve
+
+
+def small(path: Path, width: int = 5) -> Path:
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, width)).astype(np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+def free_ports() -> list[int]:
+    """Three that were free a moment ago."""
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+        for probe in (one, two, three):
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in (one, two, three)]
+
+
+def asked(request: deploy.Request, server: serve.Server, **more: object) -> deploy.CheckRequest:
+    at = server.endpoint
+    return deploy.CheckRequest(request.model, request.out, None, f"http://127.0.0.1:{at.http}", at.grpc,
+                               **more)  # type: ignore[arg-type]

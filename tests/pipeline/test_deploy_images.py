@@ -1,0 +1,115 @@
+"""A catalog network that takes raw pixels: deployed with its ensemble, labels and response cache, rolled back, served.
+
+Everything goes through the command line, and the real server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+from pipeline import cli, serve, triton_config
+from tests.pipeline.servers import free_ports
+
+NAME, CLASSES = "resnet_v2_18", 10
+
+
+def run(*arguments: object) -> int:
+    """The exit code of `enginesmith <arguments>`."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(one) for one in arguments])
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    labels = folder / "names.txt"
+    labels.write_text("".join(f"class {i}\n" for i in range(CLASSES)), "utf-8")
+    assert run("export", NAME, "--size", "64", "--classes", CLASSES, "--preprocess", "own", "--out", folder) == 0
+    deploy = ("deploy", NAME, "--out", folder, "--labels", labels, "--response-cache")
+    assert run(*deploy) == 0
+    assert run(*deploy) == 0
+    assert run("deploy", NAME, "--out", folder, "--rollback") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(out: Path) -> Iterator[serve.Server]:
+    with serve.started(serve.Request(out / NAME, *free_ports())) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: serve.Server) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.endpoint.grpc}") as one:
+        yield one
+
+
+def image(pixels: np.ndarray) -> list[tritonclient.grpc.InferInput]:
+    made = tritonclient.grpc.InferInput("images", pixels.shape, "UINT8")
+    made.set_data_from_numpy(pixels)
+    return [made]
+
+
+def test_what_was_rolled_back_to_is_live(out: Path) -> None:
+    repository = out / NAME / "model_repository"
+    live = triton_config.read(repository / NAME / "config.pbtxt").version_policy.specific.versions
+    assert list(live) == [1]
+    assert (repository / NAME / "2/model.onnx").exists()
+    # the models beside it have not changed, and got no second version
+    assert {p.name for p in (repository / f"{NAME}_resize").iterdir()} == {"1", "config.pbtxt"}
+
+
+def test_the_network_and_its_ensemble_are_the_reference(out: Path, server: serve.Server,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("deploy", NAME, "--out", out, "--check", f"http://127.0.0.1:{server.endpoint.http}",
+               "--grpc-port", server.endpoint.grpc, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["model"] for row in rows} == {NAME, f"{NAME}_image"}
+    assert all(row["status"] == "passed" and row["relative_l2"] < 1e-4 for row in rows)
+
+
+def test_an_image_of_another_size_is_resized(client: tritonclient.grpc.InferenceServerClient) -> None:
+    """A plain colour stays that colour at any size, so the answers are the same."""
+    colour = np.array([30, 200, 90], np.uint8)
+    right, wide = (client.infer(f"{NAME}_image", image(np.full((1, *size, 3), colour))).as_numpy("logits")
+                   for size in ((64, 64), (97, 150)))
+    other = client.infer(f"{NAME}_image", image(np.full((1, 97, 150, 3), colour[::-1]))).as_numpy("logits")
+    np.testing.assert_allclose(wide, right, rtol=1e-3, atol=1e-4)
+    assert np.abs(other - right).max() > 1e-3
+
+
+@pytest.mark.parametrize("model", [NAME, f"{NAME}_image"])
+def test_classes_have_their_labels(client: tritonclient.grpc.InferenceServerClient, model: str) -> None:
+    asked = [tritonclient.grpc.InferRequestedOutput("logits", class_count=3)]
+    pixels = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    found = client.infer(model, image(pixels), outputs=asked).as_numpy("logits")[0]
+    logits = client.infer(model, image(pixels)).as_numpy("logits")[0]
+    best = np.argsort(-logits)[:3]
+    assert [text.decode().split(":")[1:] for text in found] == [[str(i), f"class {i}"] for i in best]
+
+
+def test_an_equal_request_is_answered_from_the_cache(client: tritonclient.grpc.InferenceServerClient) -> None:
+    def hits() -> int:
+        return int(client.get_inference_statistics(NAME).model_stats[0].inference_stats.cache_hit.count)
+
+    pixels = np.random.default_rng(2).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    before, first = hits(), client.infer(NAME, image(pixels)).as_numpy("logits")
+    again = client.infer(NAME, image(pixels)).as_numpy("logits")
+    assert hits() == before + 1
+    np.testing.assert_array_equal(again, first)
+
+
+def test_labels_of_another_length_are_refused(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one\ntwo\n", "utf-8")
+    assert run("deploy", NAME, "--out", out, "--labels", short) == 3
+    assert "2 lines; expected 10 lines" in capsys.readouterr().err
+    assert list((out / NAME / "model_repository" / NAME).glob("3")) == []

@@ -1,0 +1,159 @@
+"""What the lint finds in models that were deployed right, and then spoiled; TensorRT-RTX plans built without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.errors import CheckFailed, UsageError
+from pipeline import deploy, kserve, model_repository, triton_config, triton_lint
+from pipeline.triton_config import model_config_pb2
+from pipeline.triton_lint import Target
+from tests.pipeline.servers import small
+
+CPU = model_config_pb2.ModelInstanceGroup.KIND_CPU
+HERE, GPU = Target(), Target(True)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a plan in a repository."""
+    folder = tmp_path_factory.mktemp("plan")
+    made = deploy.deploy(deploy.Request(str(small(folder / "small.onnx")), folder, runtime="tensorrt-rtx"))
+    assert made.choice is not None and "not measured" in made.choice.why[0]
+    assert ["tensorrt-rtx" in note.lower() for note in made.notes] == [True]
+    return made.repository / "small"
+
+
+def spoiled(folder: Path, to: Path, change: Callable[[Any], object]) -> Path:
+    """A copy with another configuration."""
+    shutil.copytree(folder, to / folder.name)
+    config = triton_config.read(to / folder.name / "config.pbtxt")
+    change(config)
+    (to / folder.name / "config.pbtxt").write_text(triton_config.text(config), "utf-8")
+    return to / folder.name
+
+
+def found(folder: Path, target: Target = HERE) -> dict[str, str]:
+    return {one.field: one.level for one in triton_lint.lint(folder, 1, target)}
+
+
+def set_dims(config: Any, *dims: int) -> None:
+    config.input[0].dims[:] = dims
+
+
+WRONG: Mapping[str, tuple[Callable[[Any], object], str]] = {
+    "a name that is not the folder's": (lambda c: setattr(c, "name", "other"), "name"),
+    "a version that is not served": (lambda c: c.version_policy.specific.versions.__setitem__(0, 7), "version_policy"),
+    "an unknown input": (lambda c: setattr(c.input[0], "name", "z"), "input"),
+    "an unknown output": (lambda c: setattr(c.output[0], "name", "z"), "output"),
+    "another type": (lambda c: setattr(c.input[0], "data_type", model_config_pb2.TYPE_INT8), "input[x].data_type"),
+    "dims with the batch": (lambda c: set_dims(c, -1, 4), "input[x].dims"),
+    "other dims": (lambda c: set_dims(c, 5), "input[x].dims"),
+    "a preferred batch above the largest": (
+        lambda c: c.dynamic_batching.preferred_batch_size.append(33), "dynamic_batching.preferred_batch_size"),
+    "batching of a fixed batch": (lambda c: setattr(c, "max_batch_size", 0), "dynamic_batching"),
+    "no warm-up": (lambda c: c.ClearField("model_warmup"), "model_warmup"),
+    "a delay as long as the timeout": (
+        lambda c: (setattr(c.dynamic_batching.default_queue_policy, "default_timeout_microseconds", 100),
+                   setattr(c.dynamic_batching, "max_queue_delay_microseconds", 100)),
+        "dynamic_batching.max_queue_delay_microseconds"),
+    "a GPU on a server without one": (
+        lambda c: setattr(c.instance_group[0], "kind", triton_lint.GPU_KIND), "instance_group.kind"),
+    "no instances": (lambda c: setattr(c.instance_group[0], "count", 0), "instance_group.count"),
+    "an accelerator of a GPU on a CPU": (
+        lambda c: c.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt"),
+        "optimization.execution_accelerators"),
+    "labels that are not there": (
+        lambda c: setattr(c.output[0], "label_filename", "none.txt"), "output[y].label_filename"),
+    "an unknown backend": (lambda c: setattr(c, "backend", "fast"), "files"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_fault_has_its_finding(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path, case: str) -> None:
+    change, field = WRONG[case]
+    folder = deployed[1].repository / "small"
+    assert found(folder) == {}
+    assert field in found(spoiled(folder, tmp_path, change))
+
+
+def test_a_configuration_with_an_unknown_field(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path) -> None:
+    folder = spoiled(deployed[1].repository / "small", tmp_path, lambda c: None)
+    with (folder / "config.pbtxt").open("a") as file:
+        file.write("max_bath_size: 3\n")
+    findings = triton_lint.lint(folder, 1, Target())
+    assert len(findings) == 1 and "max_bath_size" in findings[0].found
+
+
+def test_a_plan_on_a_gpu_is_in_order_but_for_its_kind(plan: Path) -> None:
+    assert found(plan, GPU) == {"backend": "warning"}  # Triton's backend was built against TensorRT
+    assert "instance_group.kind" in found(plan)  # a server without a GPU
+
+
+@pytest.mark.parametrize(("case", "change", "field"), [
+    ("a batch above the profile", lambda c: setattr(c, "max_batch_size", 64), "max_batch_size"),
+    ("on a CPU", lambda c: setattr(c.instance_group[0], "kind", CPU), "instance_group.kind")])
+def test_faults_of_a_plan(plan: Path, tmp_path: Path, case: str, change: Callable[[Any], object], field: str) -> None:
+    assert field in found(spoiled(plan, tmp_path, change), GPU)
+
+
+def test_a_plan_larger_than_the_memory(plan: Path) -> None:
+    assert found(plan, Target(True, gpu_memory_bytes=1000))["plan"] == "error"
+
+
+@pytest.mark.parametrize(("target", "level"), [
+    (Target(True, "25.01", "9.0"), None), (Target(True, "24.10", "9.0"), "error"), (Target(True, "25.10"), "warning"),
+    (Target(True), "warning"), (Target(True, "25.01", "8.6"), "error")])
+def test_a_plan_and_the_tensorrt_of_the_server(plan: Path, tmp_path: Path, target: Target, level: str | None) -> None:
+    """As a plan of TensorRT 10.8 for compute capability 9.0, which Triton 25.01 has."""
+    folder = spoiled(plan, tmp_path, lambda c: None)
+    described = json.loads((folder / "1/deployment.json").read_bytes())
+    described["engine"]["key"] |= {"runtime": "tensorrt", "version": "10.8.0.43", "compute_capability": "9.0"}
+    (folder / "1/deployment.json").write_text(json.dumps(described))
+    assert found(folder, target).get("plan") == level
+
+
+def test_for_a_cluster(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path) -> None:
+    request, _ = deployed
+    asked = {"server": "kserve", "storage_uri": "s3://models/small"}
+    made = deploy.deploy(deploy.Request(request.model, request.out, tmp_path / "models", **asked))  # type: ignore[arg-type]
+    assert made.service == tmp_path / kserve.FILE
+    manifest = json.loads(made.service.read_bytes())
+    kserve.validate(manifest)
+    predictor = manifest["spec"]["predictor"]
+    assert predictor["scaleTarget"] >= 2 and predictor["model"]["storageUri"] == "s3://models/small"
+    assert model_repository.live(tmp_path / "models/small") == 1
+
+
+@pytest.mark.parametrize("asked", [
+    {"server": "kserve"}, {"server": "kserve", "storage_uri": "ftp://models"}, {"storage_uri": "s3://models/small"},
+    {"server": "torchserve"}])
+def test_for_a_cluster_that_cannot_be(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path,
+                                      asked: dict[str, str]) -> None:
+    request, _ = deployed
+    with pytest.raises(UsageError):
+        deploy.deploy(deploy.Request(request.model, request.out, tmp_path / "models", **asked))  # type: ignore[arg-type]
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_plan_was_not_measured_for_a_cluster(plan: Path, tmp_path: Path) -> None:
+    folder = plan.parents[1]
+    with pytest.raises(UsageError, match="on a machine that runs it"):
+        deploy.deploy(deploy.Request(str(folder), folder.parent, tmp_path / "models", runtime="tensorrt-rtx",
+                                     server="kserve", storage_uri="s3://models/small"))
+
+
+def test_what_lint_refuses_is_not_deployed(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    request, _ = deployed
+    right = triton_config.config
+    monkeypatch.setattr(triton_config, "config", lambda s: (made := right(s), set_dims(made, 9))[0])
+    with pytest.raises(CheckFailed, match=r"\[9\]; expected \[4\]"):
+        deploy.deploy(deploy.Request(request.model, request.out, tmp_path / "models"))
+    assert list((tmp_path / "models").iterdir()) == []
