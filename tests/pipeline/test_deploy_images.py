@@ -76,6 +76,28 @@ def test_the_network_and_its_ensemble_are_the_reference(out: Path, server: serve
     assert all(row["status"] == "passed" and row["relative_l2"] < 1e-4 for row in rows)
 
 
+def test_numbers_beyond_the_limit_end_with_code_3(out: Path, server: serve.Server,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("deploy", NAME, "--out", out, "--check", f"http://127.0.0.1:{server.endpoint.http}",
+               "--grpc-port", server.endpoint.grpc, "--max-error", 0) == 3
+    said = capsys.readouterr()
+    assert "failed" in said.out and said.err.splitlines()[-1].startswith("error: resnet_v2_18")
+
+
+def test_the_metrics_count_the_same_batches(server: serve.Server,
+                                            client: tritonclient.grpc.InferenceServerClient) -> None:
+    """The average batch of a load test is by the server's statistics; its Prometheus metrics say the same."""
+    from urllib.request import urlopen
+
+    with urlopen(f"http://127.0.0.1:{server.endpoint.metrics}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    counted = {name: sum(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="{NAME}",'))
+               for name in ("nv_inference_count", "nv_inference_exec_count")}
+    stats = client.get_inference_statistics(NAME).model_stats
+    assert counted == {"nv_inference_count": sum(one.inference_count for one in stats),
+                       "nv_inference_exec_count": sum(one.execution_count for one in stats)}
+
+
 def test_an_image_of_another_size_is_resized(client: tritonclient.grpc.InferenceServerClient) -> None:
     """A plain colour stays that colour at any size, so the answers are the same."""
     colour = np.array([30, 200, 90], np.uint8)

@@ -1,0 +1,38 @@
+"""A TensorRT plan deployed on a GPU; and served, where an installed tritonserver is on the PATH. `make test-gpu`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import deploy, serve, triton_config
+from tests.pipeline.servers import free_ports, small
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> tuple[deploy.Request, deploy.Result]:
+    request = deploy.Request(str(small(tmp_path / "small.onnx")), tmp_path / "out", runtime="tensorrt",
+                             device="cuda:0", max_latency_ms=50)
+    return request, deploy.deploy(request)
+
+
+def test_a_plan_is_measured_and_has_no_error(deployed: tuple[deploy.Request, deploy.Result]) -> None:
+    _request, result = deployed
+    assert result.choice is not None and result.choice.images_per_second > 0 and result.choice.memory_bytes > 0
+    assert [f for f in result.findings if f.level == "error"] == []
+    config = triton_config.read(result.repository / "small/config.pbtxt")
+    assert list(config.instance_group[0].gpus) == [0]
+
+
+@pytest.mark.skipif(shutil.which("tritonserver") is None, reason="no tritonserver with a GPU on the PATH")
+def test_a_plan_is_served_and_is_the_reference(deployed: tuple[deploy.Request, deploy.Result]) -> None:
+    request, result = deployed
+    binary = Path(shutil.which("tritonserver") or "")
+    with serve.started(serve.Request(result.repository, *free_ports(), tritonserver=binary)) as server:
+        at = server.endpoint
+        deploy.check(deploy.CheckRequest(request.model, request.out, None, f"http://127.0.0.1:{at.http}", at.grpc)
+                     ).require()
