@@ -30,8 +30,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 STEPS, SECONDS = 5, 1.0  # of each point, at least the one and about the other
 ENOUGH = 0.95  # the smallest batch with this share of the best throughput is preferred
 WORTH = 1.2  # more instances have to bring this much, since a lone request then has fewer cores
-WAIT = 0.1  # a lone request waits for others at most this share of its time
-SERVER_BYTES = 512 << 20  # of tritonserver beside its models: about 100 MB idle, and room for requests on their way
+WAIT = 0.05  # a lone request waits for others at most this share of its time
+SERVER_BYTES = 512 << 20  # of tritonserver beside its models: 70 MB of its own, room for requests on their way
 MEMORY = 0.5  # of the machine's, for all instances together
 
 

@@ -53,6 +53,8 @@ def _clear(staging: Path) -> None:
     for left in staging.iterdir():
         if left.is_dir():
             shutil.rmtree(left)
+        elif left.name != workspace.LOCK:
+            left.unlink()
 
 
 class Repository:

@@ -17,6 +17,10 @@ import triton_python_backend_utils as pb_utils
 # what the C++ backend reads too, and what it sets by it
 INTEGERS = {"intra_op_thread_count": "intra_op_num_threads", "inter_op_thread_count": "inter_op_num_threads"}
 
+TYPES = {"TYPE_FP32": "tensor(float)", "TYPE_FP16": "tensor(float16)", "TYPE_FP64": "tensor(double)",
+         "TYPE_STRING": "tensor(string)", "TYPE_BOOL": "tensor(bool)"} | {
+    f"TYPE_{sign.upper()}INT{bits}": f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
 
 class TritonPythonModel:
     """One instance of a model. Triton gives it the requests of a dynamic batch together."""
@@ -36,6 +40,10 @@ class TritonPythonModel:
         self.inputs = [one["name"] for one in config["input"]]
         self.outputs = [one["name"] for one in config["output"]]
         self.batched = config["max_batch_size"] > 0
+        for kind, there in (("input", self.session.get_inputs()), ("output", self.session.get_outputs())):
+            reason = difference(kind, config[kind], {one.name: one for one in there}, self.batched)
+            if reason:
+                raise pb_utils.TritonModelException(f"{path}: {reason}")
 
     def execute(self, requests):
         """A response for each request: a request that cannot be served does not fail the others of its batch."""
@@ -74,6 +82,23 @@ def options(config):
         if name in INTEGERS:
             setattr(made, INTEGERS[name], int(value["string_value"]))
     return made
+
+
+def difference(kind, configured, there, batched):
+    """How the tensors of the model differ from the configured ones, which alone Triton checks requests by; or None."""
+    if kind == "input" and len(configured) != len(there):
+        return f"the model has the inputs {sorted(there)}, the configuration {[one['name'] for one in configured]}"
+    for one in configured:
+        found = there.get(one["name"])
+        if found is None:
+            return f"the model has no {kind} '{one['name']}', but {sorted(there)}"
+        if TYPES.get(one["data_type"], found.type) != found.type:
+            return f"{kind} '{one['name']}' is {found.type} in the model, {one['data_type']} in the configuration"
+        dims = ([-1] if batched else []) + [int(n) for n in (one.get("reshape") or {}).get("shape", one["dims"])]
+        if len(dims) != len(found.shape) or any(
+                isinstance(n, int) and m not in (-1, n) for n, m in zip(found.shape, dims)):
+            return f"{kind} '{one['name']}' has the shape {found.shape} in the model, {dims} in the configuration"
+    return None
 
 
 def feed(request, names):

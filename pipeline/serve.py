@@ -26,9 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 from filelock import FileLock
 
-from engines.errors import RuntimeUnavailable, ServerError
+from engines.errors import RuntimeUnavailable, ServerError, VerifyFailed
 from export.errors import UsageError
 from pipeline import model_repository, served, triton_config
 from pipeline.export import Progress
@@ -41,7 +42,7 @@ NUMPY = "1.26.4"  # with NumPy 2 this server's Python backend returns empty outp
 START_SECONDS, EXIT_SECONDS = 120, 10
 REPOSITORY = "model_repository"
 CONTAINER = ("docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v DIR:/models "
-             "nvcr.io/nvidia/tritonserver:25.10-py3 tritonserver --model-repository=/models")
+             "nvcr.io/nvidia/tritonserver:25.01-py3 tritonserver --model-repository=/models")
 Told = Callable[[str], None]
 
 
@@ -61,7 +62,7 @@ class Request:
 
 
 def serve(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None) -> None:
-    """Serves until SIGTERM or Ctrl-C. Raises UsageError, RuntimeUnavailable, or ServerError."""
+    """Serves until SIGTERM or Ctrl-C. Raises UsageError, RuntimeUnavailable, ServerError, or VerifyFailed."""
     with _signals() as stopped, started(request, progress, told) as server:
         while not stopped():
             server.watch()
@@ -221,6 +222,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._seen: dict[str, bytes] = {}
         self._answered: dict[str, int] = {}
+        self._refused: dict[str, bytes] = {}  # configurations that the server did not load
+        self._ended: set[int] = set()
 
     @property
     def pid(self) -> int:
@@ -228,7 +231,7 @@ class Server:
 
     def start(self) -> None:
         """Starts the process and waits until every model has answered rightly. Raises ServerError."""
-        names = [name for name in model_repository.models(self.repository) if self._render(name)]
+        names = [name for name in model_repository.models(self.repository) if self._stays(name) or self._render(name)]
         if not names:
             raise RuntimeUnavailable(f"model repository {self.repository}", "its models need a GPU", "one that a CPU "
                                      "serves", f"on a machine with a GPU, --tritonserver PATH or {CONTAINER}")
@@ -284,6 +287,11 @@ class Server:
         self._seen[name] = data
         return True
 
+    def _stays(self, name: str) -> bool:
+        """Whether the live version was refused, and the earlier one is still rendered."""
+        refused, target = self._refused.get(name), self.rendered / name / CONFIG
+        return refused is not None and target.exists() and (self.repository / name / CONFIG).read_bytes() == refused
+
     def _complaint(self) -> str:
         lines = self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
         told = [line.partition("] ")[2].strip('"') for line in lines if line.startswith("E")]
@@ -297,13 +305,24 @@ class Server:
         for name in tuple(self._seen):
             try:
                 self._proven(name)
-            except ServerError as error:
+            except (ServerError, VerifyFailed) as error:
                 if self._answers(name):
                     continue  # busy, not dead: others got their answers meanwhile
-                self.told(f"{name}: {error}; the server is started again")
-                self._kill()
-                self.start()
+                self._again(f"{name}: {error}")
                 return
+        if self._lost():
+            self._again("a backend process ended")
+
+    def _again(self, reason: str) -> None:
+        self.told(f"{reason}; the server is started again")
+        self._kill()
+        self.start()
+
+    def _lost(self) -> bool:
+        """Whether a backend process has ended since the last look and was not missed: of a model with several instances
+        the others go on answering. The server itself waits for those that it ends."""
+        earlier, self._ended = self._ended, _zombies(self.pid)
+        return bool(earlier & self._ended)
 
     def _follow(self) -> None:
         """Loads each model whose configuration changed. A version that does not load leaves the earlier one serving."""
@@ -317,30 +336,47 @@ class Server:
             if not self._render(name):
                 continue
             refused = self.endpoint.load(name)
-            if refused is None:
+            wrong = None if refused else self._wrong(name)
+            if refused is None and wrong is None:
                 self.told(f"{name}: version {model_repository.live(self.repository / name)} is served")
             else:
                 if before is not None:
                     target.write_bytes(before)  # so that a start from anew has what is serving
+                    self._refused[name] = self._seen[name]
+                    if wrong:
+                        self.endpoint.load(name)
                 self.told(f"{name}: version {model_repository.live(self.repository / name)} was refused, the earlier "
-                          f"one goes on: {refused}")
+                          f"one goes on: {refused or wrong}")
+
+    def _wrong(self, name: str) -> str | None:
+        """What is wrong with the numbers of a version that was just loaded; a server that is busy is not wrong."""
+        try:
+            self._proven(name)
+        except VerifyFailed as error:
+            return str(error)
+        except ServerError:
+            pass
+        return None
 
     def _answers(self, name: str) -> bool:
         """Whether the model has answered anyone since the last look."""
-        count = self.endpoint.successes(name)
+        try:
+            count = self.endpoint.successes(name)
+        except ServerError:  # no server any more
+            return False
         earlier, self._answered[name] = self._answered.get(name, 0), count
         return count > earlier
 
     def _proven(self, name: str) -> str:
-        """A real request, compared with the numbers that the version carries. Raises ServerError."""
+        """A real request, compared with the numbers that the version carries. Raises ServerError or VerifyFailed."""
         version = triton_config.read(self.rendered / name / CONFIG).version_policy.specific.versions
         folder = self.rendered / name / str(max(version, default=1))
         if not (folder / DEPLOYMENT).exists():
             return "loaded; it carries no reference"
         error, limit = served.proof(self.endpoint, name, folder, max(2.0, self.request.health_seconds))
         if not error <= limit:
-            raise ServerError(f"model {name}", f"relative L2 error {error:.1e} to its reference",
-                              f"at most {limit:.0e}")
+            raise VerifyFailed(f"model {name}", f"relative L2 error {error:.1e} to its reference",
+                               f"at most {limit:.0e}")
         self._answered[name] = self.endpoint.successes(name)
         return f"version {max(version)} answers, relative L2 error {error:.1e} (limit {limit:.0e})"
 
@@ -363,6 +399,17 @@ class Server:
             self._process = None
         for left in Path("/dev/shm").glob(f"{self._prefix}*"):
             left.unlink(missing_ok=True)
+
+
+def _zombies(parent: int) -> set[int]:
+    """The children that have ended and were not waited for."""
+    found = set()
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(parent).children():
+            with suppress(psutil.NoSuchProcess):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    found.add(child.pid)
+    return found
 
 
 def _die_with_parent() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter, perf_counter_ns
+from time import perf_counter, perf_counter_ns, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -157,8 +157,20 @@ def _share(stack: contextlib.ExitStack, one: Any, inputs: Sequence[Any], feeds: 
         stack.callback(shared_memory.destroy_shared_memory_region, handle)
         shared_memory.set_shared_memory_region(handle, [array])
         one.register_system_shared_memory(key, f"/{key}", array.nbytes)
-        stack.callback(one.unregister_system_shared_memory, key)
+        stack.callback(_unregister, one, key)
         value.set_shared_memory(key, array.nbytes)
+
+
+def _unregister(one: Any, key: str) -> None:
+    """The server may answer a moment before it lets go of the input."""
+    deadline = perf_counter() + TIMEOUT_SECONDS
+    while True:
+        try:
+            return one.unregister_system_shared_memory(key)
+        except InferenceServerException as error:
+            if "in use" not in error.message() or perf_counter() > deadline:
+                raise
+            sleep(0.01)
 
 
 def _wire_type(array: np.ndarray) -> str:

@@ -1,5 +1,6 @@
-"""`python -m tests.pipeline.killed MODEL OUT ACTION`: kills a deploy, or a rollback, before its first change of a file in
-the repository, before its second, and so on, and looks at the repository after each. Prints how many kills there were.
+"""`python -m tests.pipeline.killed MODEL OUT ACTION`: kills a deploy, or a rollback, before its first change of a file
+in the repository, before its second, and so on, and looks at the repository after each. Prints how many kills there
+were.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main(model: str, out: str, action: str) -> None:
         number += 1
         before = model_repository.live(folder)
         there = model_repository.versions(folder)
-        after = max([0, *there]) + 1 if action == "deploy" else max((v for v in there if v < (before or 0)))
+        after = max([0, *there]) + 1 if action == "deploy" else max(v for v in there if v < (before or 0))
         killed = forked(request, action, number, repository)
         states.append(look(folder, source.read_bytes(), {before, after} if killed else {after}) == after)
     made = deploy.deploy(request).models[folder.name]

@@ -6,8 +6,11 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
+import onnx
 import psutil
 import pytest
+from onnx import numpy_helper
 
 from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
@@ -87,6 +90,31 @@ def test_beside_a_corrupt_version_the_old_one_serves(deployed: tuple[deploy.Requ
         assert repository.revert("small") == (9, 1)
     server.watch()
     assert model_repository.live(result.repository / "small") == 1
+    deploy.check(asked(request, server)).require()
+
+
+def test_a_version_with_other_numbers_than_its_proof_is_not_served(deployed: tuple[deploy.Request, deploy.Result],
+                                                                   server: serve.Server, tmp_path: Path) -> None:
+    request, result = deployed
+    first, folder = server.pid, result.repository / "small"
+
+    def other(version: Path) -> None:
+        for name in (model_repository.DEPLOYMENT, model_repository.PROOF):
+            (version / name).write_bytes((folder / "1" / name).read_bytes())
+        model = onnx.load(small(tmp_path / "other.onnx"))
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((4, 5), np.float32), "w"))
+        onnx.save(model, version / "model.onnx")
+
+    with model_repository.opened(result.repository) as repository:
+        config = triton_config.read(folder / "config.pbtxt")
+        config.version_policy.specific.versions[:] = [11]
+        repository.put(repository.stage("small", 11, config, other))
+        server.watch()
+        deploy.check(asked(request, server)).require()
+        assert not server.endpoint.has("small/versions/11")
+        assert repository.revert("small", 1) == (11, 1)
+    server.watch()
+    assert server.pid == first
     deploy.check(asked(request, server)).require()
 
 
