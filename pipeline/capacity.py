@@ -1,8 +1,10 @@
 """How many requests an engine should take together, and how many instances of it should run: measured, then chosen.
 
 The curve is throughput and latency of every batch size, for one instance with all cores and for one instance a core.
-With dynamic batching a request waits, at worst, until the batch before it is done: its latency is at most the queue
-delay and twice the time of a batch, as long as requests come no faster than the server answers.
+With dynamic batching a request waits, at worst, for the batch that runs and the one that Triton has put together behind
+it: its latency is at most the queue delay and three times that of a batch, and more by a batch for each that fills the
+queue. So a limit holds up to a number of requests in flight, which the choice says and what is in front of the server
+has to keep (KServe's containerConcurrency does): Triton's own queue policies are not fit for it, see Batching.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ ENOUGH = 0.95  # the smallest batch with this share of the best throughput is pr
 WORTH = 1.2  # more instances have to bring this much, since a lone request then has fewer cores
 WAIT = 0.05  # a lone request waits for others at most this share of its time
 SERVER_BYTES = 512 << 20  # of tritonserver beside its models: 70 MB of its own, room for requests on their way
+AHEAD = 2  # batches that a request finds at worst: one runs, one is put together
+WAY = 0.1  # of a latency limit, left for the way to the server and back
 MEMORY = 0.5  # of the machine's, for all instances together
 
 
@@ -59,11 +63,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Choice:
-    """`why`: a line for each decision. `memory_bytes`: of all instances."""
+    """`why`: a line for each decision. `memory_bytes`: of all instances. `in_flight`: requests of one image that are
+    answered within the latency limit; without one, the batches that run and those that gather."""
 
     batching: Batching
     images_per_second: float
     memory_bytes: int
+    in_flight: int
     why: tuple[str, ...]
 
 
@@ -116,7 +122,7 @@ def _points(wish: BuildRequest, path: Path, reference: verify.Case, instances: i
 
 def choose(curve: Curve, max_latency_ms: float | None, memory_bytes: int) -> Choice:
     """Raises UsageError where no batch size holds the limit."""
-    limit_ns = float("inf") if max_latency_ms is None else max_latency_ms * 1e6
+    limit_ns = float("inf") if max_latency_ms is None else (1 - WAY) * max_latency_ms * 1e6
     kept = [p for p in curve.points if p.peak_bytes <= MEMORY * memory_bytes or p.instances == 1]
     held = [p for p in kept if _worst(p) <= limit_ns]
     if not held:
@@ -131,21 +137,21 @@ def choose(curve: Curve, max_latency_ms: float | None, memory_bytes: int) -> Cho
     chosen = next(p for p in line if p.images_per_second >= ENOUGH * best[instances])
     largest, lone = line[-1], line[0]
     saved = max(0.0, lone.median_ns - chosen.median_ns / chosen.batch)
-    room = (limit_ns - 2 * largest.p95_ns) if largest.batch > 1 else 0.0
+    room = limit_ns - _worst(largest)
     delay = max(0.0, min(saved, WAIT * lone.median_ns, room)) if chosen.batch > 1 else 0.0
-    timeout = 0 if max_latency_ms is None else max(1, int((limit_ns - largest.p95_ns) / 1e3))
-    batching = Batching(largest.batch, (chosen.batch,), int(delay / 1e3), timeout, instances, chosen.threads)
-    return Choice(batching, chosen.images_per_second, max(p.peak_bytes for p in line),
-                  _why(batching, chosen, lone, largest, best, max_latency_ms, curve))
+    batches = 2 if max_latency_ms is None else max(1, int((limit_ns - delay) / largest.p95_ns))
+    in_flight = batches * instances * (chosen if max_latency_ms is None else largest).batch
+    batching = Batching(largest.batch, (chosen.batch,), int(delay / 1e3), instances, chosen.threads)
+    return Choice(batching, chosen.images_per_second, max(p.peak_bytes for p in line), in_flight,
+                  _why(batching, in_flight, chosen, lone, largest, best, max_latency_ms, curve))
 
 
 def _worst(point: Point) -> float:
-    """What a request takes that came just after a batch had started; a batch of one is not waited for: the queue's
-    timeout refuses those that would be late."""
-    return point.p95_ns * (2 if point.batch > 1 else 1)
+    """What a request takes behind the batches ahead; where only a batch of one holds the limit, it is a lone one's."""
+    return point.p95_ns * (1 + AHEAD if point.batch > 1 else 1)
 
 
-def _why(batching: Batching, chosen: Point, lone: Point, largest: Point, best: Mapping[int, float],
+def _why(batching: Batching, in_flight: int, chosen: Point, lone: Point, largest: Point, best: Mapping[int, float],
          max_latency_ms: float | None, curve: Curve) -> tuple[str, ...]:
     others = ", ".join(f"{n}: {rate:.0f} images/s" for n, rate in best.items())
     lines = [
@@ -159,29 +165,23 @@ def _why(batching: Batching, chosen: Point, lone: Point, largest: Point, best: M
         return (*lines, f"largest batch {batching.max_batch}: the engine's; no latency limit was given")
     top = max(p.batch for p in curve.points)
     reason = "the engine's" if batching.max_batch == top else "the largest that holds it"
-    return (*lines, f"largest batch {batching.max_batch}: {reason}; delay and two batches take at most "
+    ahead = AHEAD if largest.batch > 1 else 0
+    return (*lines, f"largest batch {batching.max_batch}: {reason}; behind {ahead} batches it takes at most "
                     f"{(batching.delay_us * 1e3 + _worst(largest)) / 1e6:.1f} ms of {max_latency_ms:g} ms",
-            f"a request that has waited {batching.timeout_us / 1e3:.1f} ms is refused, not answered late")
-
-
-def in_flight(choice: Choice, max_latency_ms: float | None) -> int:
-    """Requests of one image that a server can have at a time: by Little's law those that are answered within the limit;
-    without one, for each instance the batch that runs and the one that gathers."""
-    if max_latency_ms is None:
-        return 2 * choice.batching.preferred[0] * choice.batching.instances
-    return max(1, int(choice.images_per_second * max_latency_ms / 1e3))
+            f"the limit holds up to {in_flight} images in flight; more wait longer, so keep them off in front of the "
+            "server")
 
 
 def unmeasured(profiles: int, preferred: tuple[int, ...], batched: bool) -> Choice:
     """For an engine that cannot run here: the batch sizes it was tuned for."""
     batching = Batching(profiles, preferred) if batched else Batching(0)
-    return Choice(batching, 0.0, 0, ("not measured, since the engine cannot run here: preferred batches are those it "
-                                     "was tuned for, no queue delay, one instance",))
+    return Choice(batching, 0.0, 0, 0, ("not measured, since the engine cannot run here: preferred batches are those "
+                                        "it was tuned for, no queue delay, one instance",))
 
 
 def fixed(wish: BuildRequest) -> Choice:
     """For a model with a fixed batch: nothing can be put together."""
-    return Choice(Batching(0, threads=wish.options.threads), 0.0, 0,
+    return Choice(Batching(0, threads=wish.options.threads), 0.0, 0, 0,
                   ("the model has a fixed batch: no dynamic batching, one instance",))
 
 

@@ -296,7 +296,8 @@ def _service(request: Request, ready: Ready, name: str, choice: Choice) -> dict[
     return kserve.inference_service(kserve.Service(
         name=kserve.service_name(name), storage_uri=request.storage_uri or "", cpu=cores,
         memory_bytes=choice.memory_bytes + capacity.SERVER_BYTES, gpus=0 if request.device == "cpu" else 1,
-        concurrency=capacity.in_flight(choice, request.max_latency_ms), max_replicas=request.max_replicas,
+        concurrency=choice.in_flight, max_replicas=request.max_replicas,
+        hard_limit=None if request.max_latency_ms is None else choice.in_flight,
         runtime_version=request.triton_release and f"{request.triton_release}-py3",
         labels={"app.kubernetes.io/managed-by": "enginesmith", "enginesmith/precision": request.precision},
         annotations={"enginesmith/engine-sha256": ready.receipt.sha256}))

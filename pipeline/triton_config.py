@@ -42,13 +42,14 @@ PRECISION, ENGINE = "enginesmith.precision", "enginesmith.engine_sha256"
 class Batching:
     """How requests are put together. `max_batch` 0: the model has a fixed batch, which is part of its shapes.
 
-    `delay_us`: a request waits at most this long for others. `timeout_us`: one that waited longer is refused; 0: never.
+    `delay_us`: a request waits at most this long for others. There is no queue policy: with one, by time or by number,
+    Triton 2.51 leaves requests in the queue of an idle server for half a second
+    (https://github.com/triton-inference-server/server/issues/8870).
     """
 
     max_batch: int
     preferred: tuple[int, ...] = ()
     delay_us: int = 0
-    timeout_us: int = 0
     instances: int = 1
     threads: int = 0
 
@@ -120,10 +121,6 @@ def _threads(made: Any, served: Served, backend: str) -> None:
 def _batching(made: Any, batching: Batching) -> None:
     made.dynamic_batching.preferred_batch_size.extend(batching.preferred)
     made.dynamic_batching.max_queue_delay_microseconds = batching.delay_us
-    if batching.timeout_us:
-        policy = made.dynamic_batching.default_queue_policy
-        policy.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
-        policy.default_timeout_microseconds = batching.timeout_us
 
 
 def _warm_up(made: Any, served: Served, batch: int) -> None:

@@ -139,10 +139,10 @@ def _batches(s: Subject) -> Iterator[Finding]:
     for size in batching.preferred_batch_size:
         if not 1 <= size <= largest:
             yield s.finding("dynamic_batching.preferred_batch_size", size, f"1 to {largest}", "choose a size of these")
-    timeout = batching.default_queue_policy.default_timeout_microseconds
-    if timeout and batching.max_queue_delay_microseconds >= timeout:
-        yield s.finding("dynamic_batching.max_queue_delay_microseconds", batching.max_queue_delay_microseconds,
-                        f"less than the timeout of {timeout}", "wait less, or refuse later")
+    if batching.HasField("default_queue_policy"):
+        yield s.finding("dynamic_batching.default_queue_policy", "one", "none: Triton 2.51 leaves requests waiting in "
+                        "an idle server, https://github.com/triton-inference-server/server/issues/8870",
+                        "bound the requests in flight in front of the server", "warning")
     warm = {request.batch_size for request in s.config.model_warmup}
     for size in sorted(set(batching.preferred_batch_size) - warm):
         yield s.finding("model_warmup", f"none for batch {size}", "one for each preferred batch",

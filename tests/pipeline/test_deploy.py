@@ -143,9 +143,10 @@ CURVE = Curve("", "", tuple(Point(b, 1, 2, ms * 1e6, ms * 1e6, b / ms * 1e3, 1) 
 
 def test_the_limit_decides_the_batch() -> None:
     free, held = capacity.choose(CURVE, None, 1 << 30), capacity.choose(CURVE, 40, 1 << 30)
-    assert (free.batching.max_batch, free.batching.preferred, free.batching.timeout_us) == (16, (4,), 0)
-    assert (held.batching.max_batch, held.batching.preferred) == (4, (4,))  # twice 16 ms, and not twice 31
-    assert held.batching.timeout_us == 24_000
+    assert (free.batching.max_batch, free.batching.preferred, free.in_flight) == (16, (4,), 8)
+    assert (held.batching.max_batch, held.batching.preferred) == (2, (2,))  # three times 12 ms, and not three times 16
+    assert held.in_flight == 6  # three batches of 2 in 36 of 40 ms
+    assert capacity.choose(CURVE, 150, 1 << 30).in_flight == 8 * 4  # of 31 ms
     assert capacity.choose(CURVE, 12, 1 << 30).batching.max_batch == 1
     with pytest.raises(UsageError, match="a lone image takes"):
         capacity.choose(CURVE, 9, 1 << 30)

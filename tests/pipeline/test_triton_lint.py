@@ -59,10 +59,9 @@ WRONG: Mapping[str, tuple[Callable[[Any], object], str]] = {
         lambda c: c.dynamic_batching.preferred_batch_size.append(33), "dynamic_batching.preferred_batch_size"),
     "batching of a fixed batch": (lambda c: setattr(c, "max_batch_size", 0), "dynamic_batching"),
     "no warm-up": (lambda c: c.ClearField("model_warmup"), "model_warmup"),
-    "a delay as long as the timeout": (
-        lambda c: (setattr(c.dynamic_batching.default_queue_policy, "default_timeout_microseconds", 100),
-                   setattr(c.dynamic_batching, "max_queue_delay_microseconds", 100)),
-        "dynamic_batching.max_queue_delay_microseconds"),
+    "a queue policy": (
+        lambda c: setattr(c.dynamic_batching.default_queue_policy, "default_timeout_microseconds", 100),
+        "dynamic_batching.default_queue_policy"),
     "a GPU on a server without one": (
         lambda c: setattr(c.instance_group[0], "kind", triton_lint.GPU_KIND), "instance_group.kind"),
     "no instances": (lambda c: setattr(c.instance_group[0], "count", 0), "instance_group.count"),
