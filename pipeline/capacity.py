@@ -41,7 +41,8 @@ MEMORY = 0.5  # of the machine's, for all instances together
 
 @dataclass(frozen=True)
 class Point:
-    """`instances` processes with `threads` each run batches of `batch` at the same time; times in nanoseconds."""
+    """`instances` processes with `threads` each run batches of `batch` at the same time; times in nanoseconds.
+    `peak_bytes`: of the machine's memory; `gpu_bytes`: of the GPU's."""
 
     batch: int
     instances: int
@@ -50,6 +51,7 @@ class Point:
     p95_ns: float
     images_per_second: float
     peak_bytes: int
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _points(wish: BuildRequest, path: Path, reference: verify.Case, instances: i
             batches: list[int]) -> list[Point]:
     wish = replace(wish, options=replace(wish.options, threads=threads))
     found = []
+    before = _gpu_bytes(wish.device)
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(wish)) for _ in range(instances)]
         for worker in workers:
@@ -116,14 +119,19 @@ def _points(wish: BuildRequest, path: Path, reference: verify.Case, instances: i
             passed = perf_counter() - start
             found.append(Point(batch, instances, threads, float(np.median(samples)),
                                float(np.percentile(samples, 95)), instances * steps * batch / passed,
-                               sum(worker.peak_bytes() for worker in workers)))
+                               sum(worker.peak_bytes() for worker in workers),
+                               max(0, _gpu_bytes(wish.device) - before)))
     return found
+
+
+def _gpu_bytes(device: str) -> int:
+    return 0 if device == "cpu" else environment.gpu_memory(device, used=True)
 
 
 def choose(curve: Curve, max_latency_ms: float | None, memory_bytes: int) -> Choice:
     """Raises UsageError where no batch size holds the limit."""
     limit_ns = float("inf") if max_latency_ms is None else (1 - WAY) * max_latency_ms * 1e6
-    kept = [p for p in curve.points if p.peak_bytes <= MEMORY * memory_bytes or p.instances == 1]
+    kept = [p for p in curve.points if (p.gpu_bytes or p.peak_bytes) <= MEMORY * memory_bytes or p.instances == 1]
     held = [p for p in kept if _worst(p) <= limit_ns]
     if not held:
         fastest = min(kept, key=_worst)

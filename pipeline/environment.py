@@ -86,15 +86,16 @@ def gpu_state(device: str) -> dict[str, Any]:
     return state
 
 
-def gpu_memory(device: str) -> int:
-    """Bytes of memory of `cuda:N`. Raises RuntimeUnavailable."""
+def gpu_memory(device: str, used: bool = False) -> int:
+    """Bytes of memory of `cuda:N`, or of what all processes use of it. Raises RuntimeUnavailable."""
     from engines.machine import gpu
 
     gpu(device)
     import pynvml
 
     handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.removeprefix("cuda:")))
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return int(memory.used if used else memory.total)
 
 
 def _reasons(bits: int) -> list[str]:

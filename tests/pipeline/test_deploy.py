@@ -150,3 +150,10 @@ def test_the_limit_decides_the_batch() -> None:
     assert capacity.choose(CURVE, 12, 1 << 30).batching.max_batch == 1
     with pytest.raises(UsageError, match="a lone image takes"):
         capacity.choose(CURVE, 9, 1 << 30)
+
+
+@pytest.mark.parametrize(("gpu_bytes", "instances"), [(100, 2), (600, 1)])
+def test_more_instances_have_to_fit_into_the_memory(gpu_bytes: int, instances: int) -> None:
+    two = Point(1, 2, 2, 10e6, 10e6, 200.0, 1, gpu_bytes)
+    curve = Curve("", "", (Point(1, 1, 2, 10e6, 10e6, 100.0, 1, 300), two))
+    assert capacity.choose(curve, None, 1000).batching.instances == instances
