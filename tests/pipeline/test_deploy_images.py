@@ -13,17 +13,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
-from pipeline import cli, serve, triton_config
+from pipeline import serve, triton_config
 from tests.pipeline.servers import free_ports
+from tests.pipeline.test_build_verify import run
 
 NAME, CLASSES = "resnet_v2_18", 10
-
-
-def run(*arguments: object) -> int:
-    """The exit code of `enginesmith <arguments>`."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(one) for one in arguments])
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
