@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +23,7 @@ from engines.receipt import Receipt
 from engines.runtime import BuildRequest
 from engines.worker import Worker
 from export.errors import UsageError
-from pipeline import environment, record, verify
+from pipeline import environment, record, verify, workspace
 from pipeline.export import Progress
 from pipeline.triton_config import Batching
 
@@ -65,8 +64,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Choice:
-    """`why`: a line for each decision. `memory_bytes`: of all instances. `in_flight`: requests of one image that are
-    answered within the latency limit; without one, the batches that run and those that gather."""
+    """`why`: a line for each decision. `memory_bytes`: of all instances. `in_flight`: requests, of one image or of the
+    fixed batch, that are answered within the latency limit; without one, the batches that run and those that gather.
+    """
 
     batching: Batching
     images_per_second: float
@@ -82,8 +82,8 @@ def measured(wish: BuildRequest, path: Path, made: Receipt, reference: verify.Ca
         curve: Curve = record.typed(Curve, json.loads(kept.read_bytes()), "curve")
         if (curve.engine_sha256, curve.host) == (made.sha256, platform.node()):
             return curve
-    largest = max(p.max for p in wish.profiles)
-    batches = sorted({b for b in BATCHES if b <= largest} | {largest})
+    smallest, largest = min(p.min for p in wish.profiles), max(p.max for p in wish.profiles)
+    batches = sorted({b for b in BATCHES if smallest <= b <= largest} | {largest})
     cores = psutil.cpu_count(logical=False) or 1
     counts = ((1, made.key["options"]["threads"] or cores), (cores, 1)) if wish.device == "cpu" else ((1, 0), (2, 0))
     points = []
@@ -91,10 +91,7 @@ def measured(wish: BuildRequest, path: Path, made: Receipt, reference: verify.Ca
         progress(f"throughput of {instances} instance{'s' if instances > 1 else ''}")
         points += _points(wish, path, reference, instances, threads, batches)
     curve = Curve(made.sha256, platform.node(), tuple(points))
-    kept.parent.mkdir(exist_ok=True)
-    staged = kept.with_name(kept.name + ".new")
-    staged.write_text(json.dumps(asdict(curve), indent=1) + "\n", "utf-8")
-    staged.replace(kept)
+    workspace.put_text(kept, json.dumps(asdict(curve), indent=1) + "\n")
     return curve
 
 
@@ -128,56 +125,64 @@ def _gpu_bytes(device: str) -> int:
     return 0 if device == "cpu" else environment.gpu_memory(device, used=True)
 
 
-def choose(curve: Curve, max_latency_ms: float | None, memory_bytes: int) -> Choice:
-    """Raises UsageError where no batch size holds the limit."""
+def choose(curve: Curve, max_latency_ms: float | None, memory_bytes: int, batched: bool = True) -> Choice:
+    """`batched`: whether Triton may put requests together, which it cannot for a model with a fixed batch. Raises
+    UsageError where no batch size holds the limit."""
     limit_ns = float("inf") if max_latency_ms is None else (1 - WAY) * max_latency_ms * 1e6
-    kept = [p for p in curve.points if (p.gpu_bytes or p.peak_bytes) <= MEMORY * memory_bytes or p.instances == 1]
-    held = [p for p in kept if _worst(p) <= limit_ns]
+    fitting = [p for p in curve.points if (p.gpu_bytes or p.peak_bytes) <= MEMORY * memory_bytes or p.instances == 1]
+    held = [p for p in fitting if _worst(p, batched) <= limit_ns]
     if not held:
-        fastest = min(kept, key=_worst)
-        raise UsageError(f"max-latency-ms {max_latency_ms:g}", f"a lone image takes {fastest.p95_ns / 1e6:.1f} ms "
+        fastest = min(fitting, key=lambda p: _worst(p, batched))
+        raise UsageError(f"max-latency-ms {max_latency_ms:g}", f"a lone request takes {fastest.p95_ns / 1e6:.1f} ms "
                          "(95th percentile)", "a longer limit", "or a faster engine, e.g. --precision int8")
-    best = {n: max((p.images_per_second for p in held if p.instances == n), default=0.0)
-            for n in sorted({p.instances for p in held})}
+    best = {n: max(p.images_per_second for p in held if p.instances == n) for n in sorted({p.instances for p in held})}
     fewest = min(best)
     instances = next((n for n in sorted(best, reverse=True) if best[n] >= WORTH * best[fewest]), fewest)
     line = sorted((p for p in held if p.instances == instances), key=lambda p: p.batch)
+    rates = ", ".join(f"{n}: {rate:.0f} images/s" for n, rate in best.items())
+    why = [f"instances {instances}, {line[0].threads} threads each ({rates}; more instances have to bring "
+           f"{WORTH - 1:.0%}, a lone request has fewer cores then)"]
     chosen = next(p for p in line if p.images_per_second >= ENOUGH * best[instances])
-    largest, lone = line[-1], line[0]
-    saved = max(0.0, lone.median_ns - chosen.median_ns / chosen.batch)
-    room = limit_ns - _worst(largest)
-    delay = max(0.0, min(saved, WAIT * lone.median_ns, room)) if chosen.batch > 1 else 0.0
-    batches = 2 if max_latency_ms is None else max(1, int((limit_ns - delay) / largest.p95_ns))
-    in_flight = batches * instances * (chosen if max_latency_ms is None else largest).batch
-    batching = Batching(largest.batch, (chosen.batch,), int(delay / 1e3), instances, chosen.threads)
-    return Choice(batching, chosen.images_per_second, max(p.peak_bytes for p in line), in_flight,
-                  _why(batching, in_flight, chosen, lone, largest, best, max_latency_ms, curve))
-
-
-def _worst(point: Point) -> float:
-    """What a request takes behind the batches ahead; where only a batch of one holds the limit, it is a lone one's."""
-    return point.p95_ns * (1 + AHEAD if point.batch > 1 else 1)
-
-
-def _why(batching: Batching, in_flight: int, chosen: Point, lone: Point, largest: Point, best: Mapping[int, float],
-         max_latency_ms: float | None, curve: Curve) -> tuple[str, ...]:
-    others = ", ".join(f"{n}: {rate:.0f} images/s" for n, rate in best.items())
-    lines = [
-        f"instances {batching.instances}, {batching.threads} threads each ({others}; more instances have to bring "
-        f"{WORTH - 1:.0%}, a lone request has fewer cores then)",
-        f"preferred batch {chosen.batch}: {chosen.images_per_second:.0f} images/s in {chosen.median_ns / 1e6:.1f} ms, "
-        f"the smallest within {1 - ENOUGH:.0%} of the best; a lone image takes {lone.median_ns / 1e6:.1f} ms",
-        f"queue delay {batching.delay_us} us: at most what batching saves an image, and {WAIT:.0%} of a lone one's "
-        "time"]
+    largest = line[-1]
+    if batched:
+        batching = _together(line, chosen, limit_ns, why)
+        if max_latency_ms is None:
+            why.append(f"largest batch {batching.max_batch}: the engine's; no latency limit was given")
+        else:
+            top = max(p.batch for p in curve.points)
+            reason = "the engine's" if batching.max_batch == top else "the largest that holds it"
+            worst = batching.delay_us * 1e3 + _worst(largest, batched)
+            why.append(f"largest batch {batching.max_batch}: {reason}; behind {AHEAD if largest.batch > 1 else 0} "
+                       f"batches it takes at most {worst / 1e6:.1f} ms of {max_latency_ms:g} ms")
+    else:
+        batching = Batching(0, instances=instances, threads=chosen.threads)
+        why.append(f"the model has a fixed batch of {chosen.batch}, which takes {chosen.median_ns / 1e6:.1f} ms: "
+                   "requests are not put together")
     if max_latency_ms is None:
-        return (*lines, f"largest batch {batching.max_batch}: the engine's; no latency limit was given")
-    top = max(p.batch for p in curve.points)
-    reason = "the engine's" if batching.max_batch == top else "the largest that holds it"
-    ahead = AHEAD if largest.batch > 1 else 0
-    return (*lines, f"largest batch {batching.max_batch}: {reason}; behind {ahead} batches it takes at most "
-                    f"{(batching.delay_us * 1e3 + _worst(largest)) / 1e6:.1f} ms of {max_latency_ms:g} ms",
-            f"the limit holds up to {in_flight} images in flight; more wait longer, so keep them off in front of the "
-            "server")
+        in_flight = 2 * instances * (chosen.batch if batched else 1)
+    else:
+        rounds = max(1, int((limit_ns - batching.delay_us * 1e3) / largest.p95_ns))
+        in_flight = rounds * instances * (largest.batch if batched else 1)
+        why.append(f"the limit holds up to {in_flight} requests in flight; more wait longer, so keep them off in front "
+                   "of the server")
+    return Choice(batching, chosen.images_per_second, max(p.peak_bytes for p in line), in_flight, tuple(why))
+
+
+def _together(line: list[Point], chosen: Point, limit_ns: float, why: list[str]) -> Batching:
+    """The dynamic batching of the points of one number of instances, from the smallest batch to the largest."""
+    lone, largest = line[0], line[-1]
+    saved = max(0.0, lone.median_ns - chosen.median_ns / chosen.batch)
+    room = limit_ns - _worst(largest, True)
+    delay_us = int(max(0.0, min(saved, WAIT * lone.median_ns, room)) / 1e3) if chosen.batch > 1 else 0
+    why += [f"preferred batch {chosen.batch}: {chosen.images_per_second:.0f} images/s in {chosen.median_ns / 1e6:.1f} "
+            f"ms, the smallest within {1 - ENOUGH:.0%} of the best; a lone image takes {lone.median_ns / 1e6:.1f} ms",
+            f"queue delay {delay_us} us: at most what batching saves an image, and {WAIT:.0%} of a lone one's time"]
+    return Batching(largest.batch, (chosen.batch,), delay_us, chosen.instances, chosen.threads)
+
+
+def _worst(point: Point, batched: bool) -> float:
+    """What a request takes behind the batches ahead; where only a batch of one holds the limit, it is a lone one's."""
+    return point.p95_ns * (1 + AHEAD if batched and point.batch > 1 else 1)
 
 
 def unmeasured(profiles: int, preferred: tuple[int, ...], batched: bool) -> Choice:
@@ -185,12 +190,6 @@ def unmeasured(profiles: int, preferred: tuple[int, ...], batched: bool) -> Choi
     batching = Batching(profiles, preferred) if batched else Batching(0)
     return Choice(batching, 0.0, 0, 0, ("not measured, since the engine cannot run here: preferred batches are those "
                                         "it was tuned for, no queue delay, one instance",))
-
-
-def fixed(wish: BuildRequest) -> Choice:
-    """For a model with a fixed batch: nothing can be put together."""
-    return Choice(Batching(0, threads=wish.options.threads), 0.0, 0, 0,
-                  ("the model has a fixed batch: no dynamic batching, one instance",))
 
 
 def machine_memory(device: str) -> int:

@@ -130,8 +130,10 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
             live |= _ensemble(repository, ready, config)
         if request.reload is not None:
             _reload(served.endpoint(request.reload), repository, name, before, progress)
-        path = None if service is None else repository.beside(kserve.FILE, kserve.text(service))
-    return Result(where, live, ready.receipt, choice, findings, ready.notes, path)
+        if service is not None:
+            workspace.put_text(where.with_name(kserve.FILE), kserve.text(service), "--repository")
+    return Result(where, live, ready.receipt, choice, findings, ready.notes,
+                  None if service is None else where.with_name(kserve.FILE))
 
 
 def _check(request: Request) -> None:
@@ -202,15 +204,14 @@ def _specs(described: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
 
 
 def _chosen(request: Request, ready: Ready, progress: Progress) -> Choice:
-    if any(not s.shape or s.shape[0] is not None for s in (*ready.inputs, *ready.outputs)):
-        return capacity.fixed(ready.wish)
+    batched = all(s.shape and s.shape[0] is None for s in (*ready.inputs, *ready.outputs))
     if ready.notes:
         profiles = ready.wish.profiles
-        return capacity.unmeasured(max(p.max for p in profiles), tuple(sorted({p.opt for p in profiles})), True)
+        return capacity.unmeasured(max(p.max for p in profiles), tuple(sorted({p.opt for p in profiles})), batched)
     cases = verify.load_reference(ready.folder / REFERENCE)
     kept = ready.folder / CAPACITY / f"{Path(ready.receipt.file).stem}.json"
     curve = capacity.measured(ready.wish, ready.path, ready.receipt, cases, kept, progress)
-    return capacity.choose(curve, request.max_latency_ms, capacity.machine_memory(request.device))
+    return capacity.choose(curve, request.max_latency_ms, capacity.machine_memory(request.device), batched)
 
 
 # --- a version -------------------------------------------------------------------------------------------------
@@ -288,8 +289,8 @@ def _accept(findings: tuple[Finding, ...]) -> None:
 def _service(request: Request, ready: Ready, name: str, choice: Choice) -> dict[str, Any]:
     """KServe's manifest of a replica as it was measured. Raises UsageError for an engine that was not measured."""
     if not choice.images_per_second:
-        raise UsageError(f"engine {ready.receipt.file}", "was not measured, as it does not run here or has a fixed "
-                         "batch", "throughput and memory, which a replica is asked for by",
+        raise UsageError(f"engine {ready.receipt.file}", "was not measured, as it does not run here",
+                         "throughput and memory, which a replica is asked for by",
                          "deploy it with --server kserve on a machine that runs it")
     batching = choice.batching
     cores = batching.instances * batching.threads if request.device == "cpu" else psutil.cpu_count(logical=False) or 1

@@ -93,13 +93,6 @@ class Repository:
         (staged / CONFIG).replace(target / CONFIG)
         workspace.flush_folder(target)
 
-    def beside(self, name: str, text: str) -> Path:
-        """Writes a text file beside the repository, in one rename."""
-        staged, target = self._staging / name, self.folder.with_name(name)
-        staged.write_text(text, "utf-8")
-        staged.replace(target)
-        return target
-
     def revert(self, name: str, version: int | None = None) -> tuple[int | None, int]:
         """Makes an earlier version live, the one before if none is named; (what was live, what is). Raises
         UsageError."""
@@ -140,3 +133,14 @@ def live(folder: Path) -> int | None:
         return None
     named = triton_config.read(folder / CONFIG).version_policy.specific.versions
     return max(named) if named else max(versions(folder), default=None)
+
+
+def configurations(folder: Path) -> tuple[Path, ...]:
+    """The live configuration of a model, and the copies in the versions before it, newest first. Before one that cannot
+    be read is every version."""
+    try:
+        now = live(folder)
+    except UsageError:
+        now = None
+    earlier = [folder / str(v) / CONFIG for v in reversed(versions(folder)) if now is None or v < now]
+    return folder / CONFIG, *(path for path in earlier if path.exists())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from export.errors import UsageError
+from pipeline import workspace
 
 SCHEMA = 1
 MODES = ("forward", "forward-backward")
@@ -136,10 +137,8 @@ class Run:
 
 
 def write(run: Run, path: Path) -> None:
-    """Beside its name, then renamed into place."""
-    staged = path.with_name(path.name + ".new")
-    staged.write_text(json.dumps(_plain(asdict(run))) + "\n", "utf-8")
-    staged.replace(path)
+    """Raises WorkspaceError."""
+    workspace.put_text(path, json.dumps(_plain(asdict(run))) + "\n")
 
 
 def read(path: Path) -> Run:

@@ -62,7 +62,7 @@ def figures(run: Run, rows: Sequence[Row], choice: Choice, load: Load | None = N
     for where, found in _facets(rows, lambda r: (r.series.mode, r.series.batch)):
         yield from _concurrency(where, found)
     if load is not None:
-        yield from _served(load, rows)
+        yield from _served(load, run, rows)
 
 
 def _facets(rows: Sequence[Row], key: Callable[[Row], tuple[str | int, ...]]) -> Iterator[tuple[str, list[Row]]]:
@@ -201,9 +201,9 @@ def _ladder(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
                  "call.", 140 + 40 * len(drawn), data, layout)
 
 
-def _served(load: Load, rows: Sequence[Row]) -> Iterator[Figure]:
+def _served(load: Load, run: Run, rows: Sequence[Row]) -> Iterator[Figure]:
     """The ladder of a request to the server, for each transport, below the same engine in process."""
-    engine = report_text.in_process(load, rows)
+    engine = report_text.in_process(load, run, rows)
     for transport, found in groupby(sorted(load.levels, key=lambda one: (one.transport, one.clients)),
                                     lambda one: one.transport):
         levels = [one for one in found if one.latency_ns]
@@ -217,7 +217,7 @@ def _served(load: Load, rows: Sequence[Row]) -> Iterator[Figure]:
         layout = {"barmode": "stack", "legend": {"traceorder": "normal"}, "xaxis": {"title": {"text": "ms"}},
                   "yaxis": {"autorange": "reversed", "automargin": True}}
         yield Figure(f"A request to the server, {escape(transport)}", "Means by the server's statistics; the way there "
-                     "and back is what they leave of the client's time. In process: the median of the same precision "
+                     "and back is what they leave of the client's time. In process: the median of the same engine "
                      "without a server.", 200 + 34 * (len(names) + 1), data, layout)
 
 

@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -73,17 +73,18 @@ def served(part: Part) -> str:
     lone = min(part.load.levels, key=lambda one: (one.clients, one.percentile_ms(50)))
     count = "a lone client" if lone.clients == 1 else f"each of {lone.clients} clients"
     rungs = ", ".join(f"{rung} {number(ms)}" for rung, ms in lone.rungs_ms.items())
-    engine = in_process(part.load, part.rows)
+    engine = in_process(part.load, part.run, part.rows)
     beside = "" if engine is None else f", the engine in process {number(engine.latency_ms)} ms ({name(engine.series)})"
     return (f"Served by Triton in {part.load.precision}, {count} gets an answer in {number(lone.percentile_ms(50))} ms "
             f"over {lone.transport}{beside}. Means in ms: {rungs}.")
 
 
-def in_process(load: Load, rows: Sequence[Row]) -> Row | None:
-    """What a lone request compares with: the same precision in process, batch 1, by ONNX Runtime or TensorRT."""
-    found = [r for r in rows if r.series.precision == load.precision and r.series.batch == 1
-             and r.series.concurrency == 1 and r.series.mode == "forward"
-             and r.series.runtime.startswith(("onnxruntime", "tensorrt"))]
+def in_process(load: Load, run: Run, rows: Sequence[Row]) -> Row | None:
+    """What the served requests compare with: the very engine in process, with the same batch."""
+    same = {file for file, made in run.receipts.items()
+            if isinstance(made, Mapping) and made.get("sha256") == load.engine_sha256}
+    found = [r for r in rows if r.series.engine in same
+             and r.series.batch == load.levels[0].batch and r.series.concurrency == 1 and r.series.mode == "forward"]
     return min(found, key=lambda r: r.latency_ms, default=None)
 
 

@@ -31,7 +31,7 @@ from filelock import FileLock
 
 from engines.errors import RuntimeUnavailable, ServerError, VerifyFailed
 from export.errors import UsageError
-from pipeline import model_repository, served, triton_config
+from pipeline import model_repository, served, triton_config, workspace
 from pipeline.export import Progress
 from pipeline.model_repository import DEPLOYMENT
 from pipeline.served import Endpoint
@@ -220,9 +220,9 @@ class Server:
                                  request.http_port, request.grpc_port, request.metrics_port)
         self._prefix = f"enginesmith_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen[bytes] | None = None
-        self._seen: dict[str, bytes] = {}
+        self._seen: dict[str, bytes] = {}  # configurations that were loaded, or refused
+        self._serving: dict[str, int] = {}  # the version of each model
         self._answered: dict[str, int] = {}
-        self._refused: dict[str, bytes] = {}  # configurations that the server did not load
         self._ended: set[int] = set()
 
     @property
@@ -230,11 +230,15 @@ class Server:
         return self._process.pid if self._process else 0
 
     def start(self) -> None:
-        """Starts the process and waits until every model has answered rightly. Raises ServerError."""
-        names = [name for name in model_repository.models(self.repository) if self._stays(name) or self._render(name)]
-        if not names:
-            raise RuntimeUnavailable(f"model repository {self.repository}", "its models need a GPU", "one that a CPU "
-                                     "serves", f"on a machine with a GPU, --tritonserver PATH or {CONTAINER}")
+        """Starts the process and waits until every model has answered rightly. Raises ServerError, VerifyFailed or
+        RuntimeUnavailable where none does."""
+        self._seen.clear()
+        self._serving.clear()
+        names = []
+        for name in model_repository.models(self.repository):
+            with suppress(UsageError, RuntimeUnavailable):  # _take() says it
+                self._render(name, self.repository / name / CONFIG)
+                names.append(name)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command(names), cwd=self._empty, env=self.install.variables,
                                              stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -244,8 +248,9 @@ class Server:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise ServerError("tritonserver", self._complaint(), "a server that is ready")
             time.sleep(0.05)
-        for name in names:
-            self.told(f"{name}: {self._proven(name)}")
+        refused = self._follow()
+        if not self._serving:
+            raise refused[0]
 
     def _command(self, names: list[str]) -> list[str]:
         request, own = self.request, self.install.own
@@ -255,42 +260,38 @@ class Server:
             f"--http-address={request.listen}", f"--grpc-address={request.listen}",
             f"--metrics-address={request.listen}", f"--http-port={request.http_port}",
             f"--grpc-port={request.grpc_port}", f"--metrics-port={request.metrics_port}",
-            f"--exit-timeout-secs={EXIT_SECONDS}", "--model-control-mode=explicit", "--strict-readiness=true",
-            "--disable-auto-complete-config", *(f"--load-model={name}" for name in names),
+            f"--exit-timeout-secs={EXIT_SECONDS}", "--model-control-mode=explicit", "--disable-auto-complete-config",
+            # strict, a server stays unready for ever after a version that it refused, though the earlier one serves
+            "--strict-readiness=false", "--exit-on-error=false", *(f"--load-model={name}" for name in names),
             *(["--cache-config=local,size=268435456"] if cached else []),
             *(["--allow-gpu-metrics=false",
                f"--backend-config=python,shm-region-prefix-name={self._prefix}"] if own else [])]
 
-    def _render(self, name: str) -> bool:
-        """Puts the configuration, for this machine, where the server reads it; False for a model that needs a GPU.
+    def _render(self, name: str, source: Path) -> int:
+        """Puts the configuration `source`, for this machine, where the server reads it; the version that it names.
 
-        A server with a GPU gets it unchanged; the CPU's differs in the instance kind alone.
+        A server with a GPU gets it unchanged; the CPU's differs in the instance kind alone. Raises UsageError, or
+        RuntimeUnavailable for a model that needs a GPU.
         """
-        source, target = self.repository / name, self.rendered / name
-        data = (source / CONFIG).read_bytes()
-        made = triton_config.read(source / CONFIG)
-        if self.install.own and (made.backend or made.platform) not in ("onnxruntime", "onnxruntime_onnx", "ensemble"):
-            self.told(f"{name}: not served, its {made.backend or made.platform} backend needs a GPU: {CONTAINER}")
-            return False
+        made = triton_config.read(source)
+        kind = made.backend or made.platform
+        if self.install.own and kind not in ("onnxruntime", "onnxruntime_onnx", "ensemble"):
+            raise RuntimeUnavailable(f"model {name}", f"its {kind} backend needs a GPU", "one that a CPU serves",
+                                     f"on a machine with a GPU, --tritonserver PATH or {CONTAINER}")
         if self.install.own:
             for group in made.instance_group:
                 group.kind = triton_config.model_config_pb2.ModelInstanceGroup.KIND_CPU
                 del group.gpus[:]
+        target = self.rendered / name
         target.mkdir(parents=True, exist_ok=True)
-        for version in model_repository.versions(source):
+        for version in model_repository.versions(self.repository / name):
             link = target / str(version)
             if not link.is_symlink():
-                link.symlink_to((source / str(version)).resolve(), target_is_directory=True)
-        staged = target / f"{CONFIG}.new"
-        staged.write_text(triton_config.text(made), "utf-8")
-        staged.replace(target / CONFIG)
-        self._seen[name] = data
-        return True
-
-    def _stays(self, name: str) -> bool:
-        """Whether the live version was refused, and the earlier one is still rendered."""
-        refused, target = self._refused.get(name), self.rendered / name / CONFIG
-        return refused is not None and target.exists() and (self.repository / name / CONFIG).read_bytes() == refused
+                link.symlink_to((self.repository / name / str(version)).resolve(), target_is_directory=True)
+        text = triton_config.text(made)
+        if not (target / CONFIG).exists() or (target / CONFIG).read_text("utf-8") != text:  # a newer one is loaded anew
+            workspace.put_text(target / CONFIG, text, "TMPDIR")
+        return max(made.version_policy.specific.versions, default=1)
 
     def _complaint(self) -> str:
         lines = self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
@@ -301,14 +302,17 @@ class Server:
 
     def watch(self) -> None:
         """One look: loads what was deployed since, and starts the server again if a model does not answer rightly."""
+        if self._process is None or self._process.poll() is not None:
+            self._again("tritonserver ended")
+            return
         self._follow()
-        for name in tuple(self._seen):
+        for name in tuple(self._serving):
             try:
                 self._proven(name)
             except (ServerError, VerifyFailed) as error:
-                if self._answers(name):
+                if isinstance(error, ServerError) and self._answers(name):
                     continue  # busy, not dead: others got their answers meanwhile
-                self._again(f"{name}: {error}")
+                self._again(str(error))
                 return
         if self._lost():
             self._again("a backend process ended")
@@ -324,39 +328,47 @@ class Server:
         earlier, self._ended = self._ended, _zombies(self.pid)
         return bool(earlier & self._ended)
 
-    def _follow(self) -> None:
-        """Loads each model whose configuration changed. A version that does not load leaves the earlier one serving."""
-        for name in model_repository.models(self.repository):
-            source = self.repository / name / CONFIG
-            earlier = self._seen.get(name)
-            if source.read_bytes() == earlier:
-                continue
-            target = self.rendered / name / CONFIG
-            before = target.read_bytes() if target.exists() else None
-            if not self._render(name):
-                continue
-            refused = self.endpoint.load(name)
-            wrong = None if refused else self._wrong(name)
-            if refused is None and wrong is None:
-                self.told(f"{name}: version {model_repository.live(self.repository / name)} is served")
-            else:
-                if before is not None:
-                    target.write_bytes(before)  # so that a start from anew has what is serving
-                    self._refused[name] = self._seen[name]
-                    if wrong:
-                        self.endpoint.load(name)
-                self.told(f"{name}: version {model_repository.live(self.repository / name)} was refused, the earlier "
-                          f"one goes on: {refused or wrong}")
+    def _follow(self) -> list[Exception]:
+        """Takes each model whose configuration changed; what was wrong with those that are not served."""
+        refused = []
+        for path in sorted(self.repository.glob(f"*/{CONFIG}"), key=lambda path: (_is_ensemble(path), path)):
+            name, data = path.parent.name, path.read_bytes()
+            if data != self._seen.get(name):
+                self._seen[name] = data
+                refused += self._take(name)
+        return refused
 
-    def _wrong(self, name: str) -> str | None:
-        """What is wrong with the numbers of a version that was just loaded; a server that is busy is not wrong."""
+    def _take(self, name: str) -> list[Exception]:
+        """Has the server load the live version of a model. Where it does not load, or answers wrongly, the newest one
+        before it that does is served. What was wrong, if none is."""
+        refused: list[Exception] = []
+        for source in model_repository.configurations(self.repository / name):
+            try:
+                version = self._render(name, source)
+                goes_on = refused and self.endpoint.has(f"{name}/versions/{version}")
+                complaint = None if goes_on else self.endpoint.load(name)
+                if complaint is not None:
+                    raise ServerError(f"model {name}", complaint)
+                self._serving[name] = version
+                self.told(f"{name}: {self._loaded(name)}")
+                return []
+            except (UsageError, RuntimeUnavailable, ServerError, VerifyFailed) as error:
+                self.told(f"{source.relative_to(self.repository)} is not served: {error}")
+                refused.append(error)
+        self._serving.pop(name, None)
+        shutil.rmtree(self.rendered / name, ignore_errors=True)
+        self.endpoint.unload(name)
+        return refused
+
+    def _loaded(self, name: str) -> str:
+        """What the version that was just loaded answers; a server that is busy with others is not wrong."""
+        self._answers(name)
         try:
-            self._proven(name)
-        except VerifyFailed as error:
-            return str(error)
+            return self._proven(name)
         except ServerError:
-            pass
-        return None
+            if not self._answers(name):
+                raise
+            return f"version {self._serving[name]} is served; the server was busy with others' requests"
 
     def _answers(self, name: str) -> bool:
         """Whether the model has answered anyone since the last look."""
@@ -369,16 +381,15 @@ class Server:
 
     def _proven(self, name: str) -> str:
         """A real request, compared with the numbers that the version carries. Raises ServerError or VerifyFailed."""
-        version = triton_config.read(self.rendered / name / CONFIG).version_policy.specific.versions
-        folder = self.rendered / name / str(max(version, default=1))
+        folder = self.rendered / name / str(self._serving[name])
         if not (folder / DEPLOYMENT).exists():
-            return "loaded; it carries no reference"
+            return f"version {self._serving[name]} is served; it carries no reference"
         error, limit = served.proof(self.endpoint, name, folder, max(2.0, self.request.health_seconds))
         if not error <= limit:
             raise VerifyFailed(f"model {name}", f"relative L2 error {error:.1e} to its reference",
                                f"at most {limit:.0e}")
         self._answered[name] = self.endpoint.successes(name)
-        return f"version {max(version)} answers, relative L2 error {error:.1e} (limit {limit:.0e})"
+        return f"version {self._serving[name]} answers, relative L2 error {error:.1e} (limit {limit:.0e})"
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -399,6 +410,13 @@ class Server:
             self._process = None
         for left in Path("/dev/shm").glob(f"{self._prefix}*"):
             left.unlink(missing_ok=True)
+
+
+def _is_ensemble(path: Path) -> bool:
+    """Whether other models have to be there before it. An unreadable configuration is dealt with by who loads it."""
+    with suppress(UsageError):
+        return bool(triton_config.read(path).platform == "ensemble")
+    return False
 
 
 def _zombies(parent: int) -> set[int]:

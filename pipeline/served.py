@@ -27,7 +27,7 @@ import numpy as np
 from engines.errors import EngineError, ServerError, VerifyFailed
 from engines.runtime import missing
 from export.errors import UsageError
-from pipeline import environment, triton_config, verify
+from pipeline import environment, triton_config, verify, workspace
 from pipeline.export import Progress
 from pipeline.load_record import Level, Load
 from pipeline.model_repository import DEPLOYMENT, PROOF
@@ -70,6 +70,11 @@ class Endpoint:
         except ServerError as error:
             return str(error)
         return None
+
+    def unload(self, model: str) -> None:
+        """Has the server let go of a model, if it runs and has it."""
+        with contextlib.suppress(ServerError):
+            self._ask(f"/v2/repository/models/{model}/unload", b"{}")
 
     def has(self, model: str) -> bool:
         """Whether the model is served."""
@@ -368,9 +373,6 @@ def load(at: Endpoint, url: str, model: str, manifest: Mapping[str, Any], cases:
                 config.parameters[triton_config.ENGINE].string_value,
                 config.parameters[triton_config.PRECISION].string_value, url,
                 environment.command(), machine, tuple(levels))
-    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
-    staged = path.with_name(path.name + ".new")
-    staged.write_text(json.dumps(asdict(made)) + "\n", "utf-8")
-    staged.replace(path)
+    workspace.put_text(path, json.dumps(asdict(made)) + "\n")
     return made, path

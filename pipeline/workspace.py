@@ -67,6 +67,16 @@ def translated(subject: str, option: str) -> Iterator[None]:
                              ) from error
 
 
+def put_text(path: Path, text: str, option: str = "--out") -> None:
+    """Makes a file beside its name and renames it into place: a reader finds the earlier one, or this, whole. Raises
+    WorkspaceError."""
+    with translated(f"file {path}", option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(path.name + NEW)
+        staged.write_text(text, "utf-8")
+        staged.replace(path)
+
+
 class Workspace:
     """An open artifact folder."""
 

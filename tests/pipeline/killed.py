@@ -1,12 +1,13 @@
-"""`python -m tests.pipeline.killed MODEL OUT ACTION`: kills a deploy, or a rollback, before its first change of a file
-in the repository, before its second, and so on, and looks at the repository after each. Prints how many kills there
-were.
+"""`python -m tests.pipeline.killed MODEL OUT ACTION`: kills a deploy (`first`: into an empty repository), or a
+rollback, before its first change of a file in the repository, before its second, and so on, and looks at the repository
+after each. Prints how many kills there were.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def forked(request: deploy.Request, action: str, number: int, repository: Path) 
     if not child:
         try:
             kill_before(number, repository)
-            getattr(deploy, action)(request)
+            (deploy.rollback if action == "rollback" else deploy.deploy)(request)
             os._exit(0)
         finally:
             os._exit(1)
@@ -77,9 +78,12 @@ def main(model: str, out: str, action: str) -> None:
     killed = True
     while killed:
         number += 1
+        if action == "first":
+            for left in (repository, repository.with_name(repository.name + ".staging")):
+                shutil.rmtree(left, ignore_errors=True)
         before = model_repository.live(folder)
         there = model_repository.versions(folder)
-        after = max([0, *there]) + 1 if action == "deploy" else max(v for v in there if v < (before or 0))
+        after = max(v for v in there if v < (before or 0)) if action == "rollback" else max([0, *there]) + 1
         killed = forked(request, action, number, repository)
         states.append(look(folder, source.read_bytes(), {before, after} if killed else {after}) == after)
     made = deploy.deploy(request).models[folder.name]

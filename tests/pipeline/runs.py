@@ -50,13 +50,20 @@ def environment(**changes: Any) -> Environment:
     return replace(found, **changes)
 
 
+def sha(runtime: str, precision: str) -> str:
+    """Of the engine, in its receipt."""
+    return f"{runtime}-{precision}".encode().hex().ljust(64, "0")
+
+
 def run(found: Sequence[Series] = (), **changes: Any) -> Run:
     made = Run(
         run_id="20260302-100000", model="resnet_v2_50", model_sha256="ab" * 32, device="cpu",
         command="python -m pipeline.benchmark resnet_v2_50 --steps 100",
         settings=Settings(100, 5, None, 0.0, "random", 0), environment=environment(),
         limits=(Limit("fp32", 2e12, "onnxruntime"), Limit("int8", 6e12, "openvino"), Limit("bf16", 4e12, "openvino")),
-        bandwidth_bytes_per_second=1e11, series=tuple(found) or every_engine(), receipts={}, complete=True)
+        bandwidth_bytes_per_second=1e11, series=tuple(found) or every_engine(), complete=True,
+        receipts={f"{runtime}-{precision}-0123456789ab.onnx": {"sha256": sha(runtime, precision)}
+                  for runtime, precision, *_ in ENGINES})
     return replace(made, **changes)
 
 
@@ -93,7 +100,7 @@ def load(**changes: Any) -> Load:
             mean = sum(rungs) + int(way * 1e6)
             levels.append(Level(transport, clients, 1, 3.0, (mean - 2_000_000, mean, mean + 2_000_000), {},
                                 1.0 if clients == 1 else 4.0, *map(float, rungs)))
-    made = Load("20260302T110000-ab12", "resnet_v2_50", "ab" * 32, "cd" * 32, "fp32", "http://127.0.0.1:8000",
+    made = Load("20260302T110000-ab12", "resnet_v2_50", "ab" * 32, sha("onnxruntime", "fp32"), "fp32", "http://127.0.0.1:8000",
                 "python -m pipeline.deploy resnet_v2_50 --check http://127.0.0.1:8000 --load", environment(),
                 tuple(levels))
     return replace(made, **changes)

@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline import deploy, serve
 
 
-def small(path: Path, width: int = 5) -> Path:
+def small(path: Path, width: int = 5, batch: int | str = "batch") -> Path:
     weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, width)).astype(np.float32), "w")
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])], "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])], [weight])
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, width])], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
     return path
 

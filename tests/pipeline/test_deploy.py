@@ -16,7 +16,7 @@ from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
 from pipeline import capacity, deploy, model_repository, serve, triton_config, triton_lint, workspace
 from pipeline.capacity import Curve, Point
-from tests.pipeline.servers import asked, small
+from tests.pipeline.servers import asked, free_ports, small
 
 
 def test_a_deployed_version_is_whole(deployed: tuple[deploy.Request, deploy.Result]) -> None:
@@ -125,6 +125,24 @@ def test_a_new_version_is_followed(deployed: tuple[deploy.Request, deploy.Result
     deploy.check(asked(deployed[0], server)).require()
 
 
+def test_a_fixed_batch_is_measured_and_served(tmp_path: Path) -> None:
+    request = deploy.Request(str(small(tmp_path / "three.onnx", batch=3)), tmp_path, max_latency_ms=10_000,
+                             server="kserve", storage_uri="s3://bucket/three")
+    result = deploy.deploy(request)
+    config = triton_config.read(result.repository / "three/config.pbtxt")
+    assert (config.max_batch_size, list(config.input[0].dims)) == (0, [3, 4])
+    assert not config.HasField("dynamic_batching")
+    assert result.choice is not None
+    assert result.choice.images_per_second > 0
+    assert result.service is not None
+    with serve.started(serve.Request(result.repository, *free_ports())) as running:
+        checked = deploy.check(asked(request, running, load=True, clients=(2,), transports=("grpc",), seconds=0.3))
+    checked.require()
+    assert {row.batch for row in checked.rows} == {3}
+    assert checked.load is not None
+    assert checked.load.levels[0].batch == 3
+
+
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
     with pytest.raises(ServerError, match="see that the server runs"):
         deploy.check(deploy.CheckRequest(deployed[0].model, deployed[0].out, None, "http://127.0.0.1:9"))
@@ -148,8 +166,19 @@ def test_the_limit_decides_the_batch() -> None:
     assert held.in_flight == 6  # three batches of 2 in 36 of 40 ms
     assert capacity.choose(CURVE, 150, 1 << 30).in_flight == 8 * 4  # of 31 ms
     assert capacity.choose(CURVE, 12, 1 << 30).batching.max_batch == 1
-    with pytest.raises(UsageError, match="a lone image takes"):
+    with pytest.raises(UsageError, match="a lone request takes"):
         capacity.choose(CURVE, 9, 1 << 30)
+
+
+def test_requests_of_a_fixed_batch_run_one_after_another() -> None:
+    one = Point(4, 1, 2, 20e6, 20e6, 200.0, 1)
+    curve = Curve("", "", (one, Point(4, 2, 1, 25e6, 25e6, 320.0, 1)))
+    free, held = (capacity.choose(curve, limit, 1 << 30, batched=False) for limit in (None, 100))
+    assert free.batching == triton_config.Batching(0, instances=2, threads=1)
+    assert (free.in_flight, held.in_flight) == (4, 6)  # three rounds of 25 ms in 90 of 100 ms
+    assert capacity.choose(curve, 23, 1 << 30, batched=False).batching.instances == 1  # 25 ms hold it no more
+    with pytest.raises(UsageError, match="a lone request takes"):
+        capacity.choose(curve, 20, 1 << 30, batched=False)
 
 
 @pytest.mark.parametrize(("gpu_bytes", "instances"), [(100, 2), (600, 1)])

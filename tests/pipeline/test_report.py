@@ -75,6 +75,12 @@ def test_what_serving_adds_to_the_engines_time(tmp_path: Path) -> None:
     assert "A request to the server, http" in (folder / "index.html").read_text("utf-8")
 
 
+def test_a_served_engine_that_was_not_measured_in_process_is_compared_with_none(tmp_path: Path) -> None:
+    folder = artifact_with_load(tmp_path, engine_sha256="ef" * 32)
+    served = json.loads((folder / "report.json").read_bytes())["runs"][0]["served"]
+    assert "over grpc. Means in ms" in served["summary"]
+
+
 def test_a_load_test_of_another_model_is_left_out(tmp_path: Path) -> None:
     folder = artifact_with_load(tmp_path, model_sha256="ef" * 32)
     assert json.loads((folder / "report.json").read_bytes())["runs"][0]["served"] is None

@@ -20,10 +20,13 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import onnx
 import psutil
 import pytest
+from onnx import numpy_helper
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from engines.errors import ServerError, VerifyFailed
 from pipeline import deploy, model_repository, serve, triton_config
 from tests.pipeline import malformed
 from tests.pipeline.servers import asked, free_ports, small
@@ -222,12 +225,70 @@ def test_a_corrupt_version_pushed_under_load_fails_no_request(
         with _pushed(repository_folder, write[kind]) as bad:
             server.watch()
             assert not server.endpoint.has(f"small/versions/{bad}")
+            assert server.endpoint.ready()  # what is in front of it goes on sending
             load.served(earlier)
         server.watch()
         load.served(earlier)
     assert load.failed() == []
     assert load.versions() == {earlier}
     assert server.pid == first
+
+
+def test_a_corrupt_configuration_and_a_corrupt_model_beside_it_fail_no_request(
+        deployed: Deployed, server: serve.Server) -> None:
+    """Neither comes from deploy: somebody's hand did it."""
+    folder, first = deployed[1].repository, server.pid
+    config, earlier = folder / "small/config.pbtxt", model_repository.live(folder / "small")
+    assert earlier is not None
+    right = config.read_bytes()
+    with clients(server.endpoint.http, server.endpoint.grpc) as load:
+        load.served(earlier)
+        shutil.copytree(folder / "small", folder / "beside")
+        (folder / "beside/config.pbtxt").write_text(right.decode().replace('"small"', '"beside"'), "utf-8")
+        (folder / f"beside/{earlier}/model.onnx").write_bytes(b"no model")
+        config.write_bytes(b"max_batch_size: many")
+        try:
+            for _ in range(2):
+                server.watch()
+                load.served(earlier)
+            assert not server.endpoint.has("beside")
+        finally:
+            shutil.rmtree(folder / "beside")
+            config.write_bytes(right)
+        server.watch()
+        load.served(earlier)
+    assert load.failed() == []
+    assert server.pid == first
+
+
+def test_a_first_start_beside_a_corrupt_live_version_serves_the_one_before(deployed: Deployed, tmp_path: Path) -> None:
+    shutil.copytree(deployed[1].repository / "small", tmp_path / "copy/small")
+    said: list[str] = []
+    with _pushed(tmp_path / "copy", lambda f: (f / "model.onnx").write_bytes(b"no model")) as bad, \
+            serve.started(serve.Request(tmp_path / "copy", *free_ports()), told=said.append) as running:
+        assert running.endpoint.ready()
+        assert not running.endpoint.has(f"small/versions/{bad}")
+        deploy.check(asked(deployed[0], running)).require()
+    assert said[0].startswith("small/config.pbtxt is not served:") and f"version {bad}" in said[0]
+    assert "answers, relative L2 error" in said[-1]  # versions between are those of other tests, as corrupt
+
+
+def test_a_start_with_nothing_that_can_be_served(deployed: Deployed, tmp_path: Path) -> None:
+    """No model that loads; then one that loads, and gives other numbers than it was deployed with."""
+    shutil.copytree(deployed[1].repository / "small", tmp_path / "small")
+    live = model_repository.live(tmp_path / "small")
+    for version in model_repository.versions(tmp_path / "small"):
+        if version != live:
+            shutil.rmtree(tmp_path / f"small/{version}")
+    request = serve.Request(tmp_path, *free_ports())
+    (tmp_path / f"small/{live}/model.onnx").write_bytes(b"no model")
+    with pytest.raises(ServerError, match="Protobuf parsing failed"), serve.started(request):
+        pass
+    other = onnx.load(small(tmp_path / "other.onnx"))
+    other.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((4, 5), np.float32), "w"))
+    onnx.save(other, tmp_path / f"small/{live}/model.onnx")
+    with pytest.raises(VerifyFailed, match="relative L2 error"), serve.started(request):
+        pass
 
 
 def test_version_switches_and_rollbacks_under_load_fail_no_request(deployed: Deployed, server: serve.Server) -> None:
@@ -385,18 +446,18 @@ def test_the_command_notices_a_killed_backend_under_load(deployed: Deployed) -> 
 
 # --- kills and a full disk -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("action", ["deploy", "rollback"])
+@pytest.mark.parametrize(("action", "fewest"), [("first", 12), ("deploy", 12), ("rollback", 2)])
 def test_a_kill_at_any_moment_leaves_the_old_version_or_the_new(
-        action: str, deployed: Deployed, tmp_path: Path) -> None:
+        action: str, fewest: int, deployed: Deployed, tmp_path: Path) -> None:
     request = deploy.Request(deployed[0].model, tmp_path / "artifacts")
     shutil.copytree(deployed[0].out, request.out)
-    for _ in range(0 if action == "deploy" else 9):
+    for _ in range(9 if action == "rollback" else 0):
         deploy.deploy(request)
     ended = subprocess.run([sys.executable, "-m", "tests.pipeline.killed", request.model, str(request.out), action],
                            cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert found["kills"] >= (12 if action == "deploy" else 2)
+    assert found["kills"] >= fewest
 
 
 LIMITED = ("import resource, runpy, sys; limit = int(sys.argv.pop(1)); "
