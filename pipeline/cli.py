@@ -327,7 +327,7 @@ def deploy(
     from pipeline import deploy as stage
 
     request = stage.Request(model, out, repository, name, runtime, precision, device, max_latency_ms, version, labels,
-                            response_cache, reload, server, storage_uri, max_replicas, triton_release)
+                            response_cache, reload, grpc_port, server, storage_uri, max_replicas, triton_release)
     if check is not None:
         asked = stage.CheckRequest(model, out, name, check, grpc_port, max_error, load, _numbers("clients", clients),
                                    tuple(transport or ()), seconds)
@@ -357,9 +357,10 @@ def serve(
 ) -> None:
     """Serve DIR by a real Triton Inference Server on loopback, until Ctrl-C or SIGTERM."""
     from pipeline import serve as stage
+    from pipeline.served import is_loopback
 
     request = stage.Request(folder, http_port, grpc_port, metrics_port, listen, tritonserver, health_seconds)
-    if not stage.is_loopback(listen):
+    if not is_loopback(listen):
         print(f"warning: {listen} can be reached from other machines, and the server has no authentication",
               file=sys.stderr, flush=True)
     with _progress(False) as progress:
@@ -461,7 +462,7 @@ def _console() -> Console:
 def _print_lines(console: Console, lines: Iterable[str]) -> None:
     """Each whole, however wide: paths and reasons are copied from here."""
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_export(result: ExportResult) -> None:
@@ -554,15 +555,13 @@ def _print_latencies(run: Run) -> None:
 
 
 def _print_report(result: ReportResult) -> None:
-    from rich.markup import escape
-
     from pipeline import report_text
 
     lines = []
     for part in result.parts:
         lines += [report_text.summary(part), part.int8, *(f"warning: {text}" for text in part.warnings)]
         lines += [f"slower: {text}" for text in part.regressions]
-    _print_lines(_console(), [escape(line) for line in (*lines, f"{result.folder / 'index.html'}")])
+    _print_lines(_console(), [*lines, f"{result.folder / 'index.html'}"])
 
 
 def _print_run(result: RunResult, as_json: bool) -> None:

@@ -51,14 +51,15 @@ SERVERS = ("triton", "kserve")
 CAPACITY = "capacity"
 RELOAD_SECONDS = 20
 RESIZE, IMAGE = "_resize", "_image"
+RESIZED_AT_ONCE = 1024  # more than any network takes, so that the resizing is the same for all of them
 
 
 @dataclass(frozen=True)
 class Request:
     """What a user asks for. `repository` None: `model_repository` of the artifact. `name` None: the artifact's.
-    `labels`: a file with a line for each class. `reload`: the URL of a server of this repository, which
-    is told. `server`: `triton`, or `kserve`, which takes the repository from `storage_uri` and runs up to
-    `max_replicas` of it. `triton_release`: the server's container, such as `25.01`."""
+    `labels`: a file with a line for each class. `reload`: the URL of a server of this repository, which is told, and
+    asked over its `grpc_port` too. `server`: `triton`, or `kserve`, which takes the repository from `storage_uri` and
+    runs up to `max_replicas` of it. `triton_release`: the server's container, such as `25.01`."""
 
     model: str
     out: Path = Path("artifacts")
@@ -72,6 +73,7 @@ class Request:
     labels: Path | None = None
     response_cache: bool = False
     reload: str | None = None
+    grpc_port: int | None = None
     server: str = "triton"
     storage_uri: str | None = None
     max_replicas: int = 8
@@ -115,25 +117,28 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
     choice = _chosen(request, ready, progress)
     name = request.name or ready.manifest["name"]
     where = request.repository or ready.folder / REPOSITORY
+    at = None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
     service = _service(request, ready, name, choice) if request.server == "kserve" else None
     with model_repository.opened(where) as repository:
         progress("put into the repository")
-        before = model_repository.live(repository.folder / name)
-        version = request.version or max([0, *model_repository.versions(repository.folder / name)]) + 1
+        there = [*model_repository.versions(repository.folder / name), *(at.states(name) if at else ())]
+        version = request.version or max([0, *there]) + 1
         config = triton_config.config(_served(request, ready, name, version, choice))
-        staged = repository.stage(name, version, config, lambda folder: _write(request, ready, choice, folder))
+        staged = repository.stage(config, lambda folder: _write(request, ready, choice, folder))
         findings = lint(staged, version, _target(request)) + _same_interface(repository.folder / name, config)
         _accept(findings)
-        repository.put(staged)
-        live = {name: version}
-        if ready.manifest.get("preprocess", "none") != "none" and config.max_batch_size:
-            live |= _ensemble(repository, ready, config)
-        if request.reload is not None:
-            _reload(served.endpoint(request.reload), repository, name, before, progress)
-        if service is not None:
-            workspace.put_text(where.with_name(kserve.FILE), kserve.text(service), "--repository")
-    return Result(where, live, ready.receipt, choice, findings, ready.notes,
-                  None if service is None else where.with_name(kserve.FILE))
+        before, after = _beside(repository, ready, config)
+        manifest = None if service is None else repository.stage_text(kserve.FILE, service)
+        for one in before:
+            _put(repository, one, at)
+        _put(repository, staged, at, progress)
+        for one in after:
+            _put(repository, one, at)
+        if manifest is not None:
+            manifest = manifest.replace(where.with_name(kserve.FILE))
+        live = {one: model_repository.live(where / one) or 0 for one in (name, f"{name}{RESIZE}", f"{name}{IMAGE}")
+                if (where / one).is_dir()}
+    return Result(where, live, ready.receipt, choice, findings, ready.notes, manifest)
 
 
 def _check(request: Request) -> None:
@@ -143,6 +148,8 @@ def _check(request: Request) -> None:
     if request.server not in SERVERS or (request.server == "kserve") != (request.storage_uri is not None):
         raise UsageError(f"server {request.server!r}", "with a storage URI" if request.storage_uri else "without a "
                          "storage URI", "triton, or kserve with the --storage-uri that the cluster reads")
+    if request.reload is not None:
+        served.endpoint(request.reload, request.grpc_port)
     if request.triton_release is not None:
         triton_releases.find(request.triton_release)
     if request.name is not None and not request.name.replace("_", "a").replace("-", "a").replace(".", "a").isalnum():
@@ -286,7 +293,7 @@ def _accept(findings: tuple[Finding, ...]) -> None:
 
 # --- a cluster -------------------------------------------------------------------------------------------------
 
-def _service(request: Request, ready: Ready, name: str, choice: Choice) -> dict[str, Any]:
+def _service(request: Request, ready: Ready, name: str, choice: Choice) -> str:
     """KServe's manifest of a replica as it was measured. Raises UsageError for an engine that was not measured."""
     if not choice.images_per_second:
         raise UsageError(f"engine {ready.receipt.file}", "was not measured, as it does not run here",
@@ -294,96 +301,136 @@ def _service(request: Request, ready: Ready, name: str, choice: Choice) -> dict[
                          "deploy it with --server kserve on a machine that runs it")
     batching = choice.batching
     cores = batching.instances * batching.threads if request.device == "cpu" else psutil.cpu_count(logical=False) or 1
-    return kserve.inference_service(kserve.Service(
+    return kserve.text(kserve.inference_service(kserve.Service(
         name=kserve.service_name(name), storage_uri=request.storage_uri or "", cpu=cores,
         memory_bytes=choice.memory_bytes + capacity.SERVER_BYTES, gpus=0 if request.device == "cpu" else 1,
         concurrency=choice.in_flight, max_replicas=request.max_replicas,
         hard_limit=None if request.max_latency_ms is None else choice.in_flight,
         runtime_version=request.triton_release and f"{request.triton_release}-py3",
         labels={"app.kubernetes.io/managed-by": "enginesmith", "enginesmith/precision": request.precision},
-        annotations={"enginesmith/engine-sha256": ready.receipt.sha256}))
+        annotations={"enginesmith/engine-sha256": ready.receipt.sha256})))
 
 
 # --- raw pixels ------------------------------------------------------------------------------------------------
 
-def _ensemble(repository: Repository, ready: Ready, config: Any) -> dict[str, int]:
-    """`<name>_image`: uint8 images of any size in, resized, normalised inside of the network."""
+def _beside(repository: Repository, ready: Ready, config: Any) -> tuple[list[Path], list[Path]]:
+    """`<name>_image`: uint8 images of any size in, resized, normalised inside of the network. What has to be put before
+    the network, and what after it: an ensemble may never take more images at a time than its network."""
+    if ready.manifest.get("preprocess", "none") == "none" or not config.max_batch_size:
+        return [], []
     from export import resize
 
     name, spec = config.name, ready.inputs[0]
     height, width = (n for n in spec.shape[1:] if n not in (None, 3))
     nchw = ready.manifest.get("layout") == "nchw"
     image = TensorSpec(spec.name, spec.dtype, (None, None, None, 3))
-    batching = triton_config.Batching(config.max_batch_size, threads=1)
     resized = TensorSpec(f"{spec.name}_resized", spec.dtype, spec.shape)
-    step = Served(f"{name}{RESIZE}", 1, "onnxruntime", "fp32", "cpu", "", (image,), (resized,), batching)
-    resizing = triton_config.config(step)
-    whole = triton_config.ensemble(f"{name}{IMAGE}", 1, (resizing, config), config.output[0].label_filename and
-                                   f"1/{LABELS}")
-    live: dict[str, int] = {}
-    for made, write in (
-            (resizing, lambda folder: resize.write(folder / MODEL, spec.name, height, width, nchw)),
-            (whole, lambda folder: _ensemble_files(repository.folder / name, config, folder))):
-        live |= _helper(repository, made, write)
-    return live
+    resizing = triton_config.config(Served(f"{name}{RESIZE}", 1, "onnxruntime", "fp32", "cpu", "", (image,), (resized,),
+                                           triton_config.Batching(RESIZED_AT_ONCE, threads=1)))
+    whole = triton_config.ensemble(f"{name}{IMAGE}", 1, (resizing, config))
+    live = repository.folder / whole.name / triton_config.CONFIG
+    shrinks = live.exists() and triton_config.read(live).max_batch_size > whole.max_batch_size
+    before = _changed(repository, resizing, lambda folder: resize.write(folder / MODEL, spec.name, height, width, nchw))
+    after = _changed(repository, whole, lambda folder: None)
+    return (before + after, []) if shrinks else (before, after)
 
 
-def _ensemble_files(network: Path, config: Any, folder: Path) -> None:
-    """The ensemble is proven by the network's own request: an image of its size is resized to itself."""
-    version = network / str(config.version_policy.specific.versions[0])
-    for name in (PROOF, DEPLOYMENT, LABELS):
-        if (version / name).exists():
-            shutil.copyfile(version / name, folder / name)
-
-
-def _helper(repository: Repository, made: Any, write: Callable[[Path], object]) -> dict[str, int]:
-    """A model that goes with a network: a new version only where it is another than the live one."""
+def _changed(repository: Repository, made: Any, write: Callable[[Path], object]) -> list[Path]:
+    """A staged version of a model that goes with a network, if it is another than the live one."""
     folder = repository.folder / made.name
-    now = model_repository.live(folder)
-    if now is not None:
+    if model_repository.live(folder) is not None:
         last = triton_config.read(folder / triton_config.CONFIG)
-        made.version_policy.specific.versions[:] = [now]
-        if triton_config.text(last) == triton_config.text(made):
-            return {made.name: now}
+        last.parameters.pop(triton_config.BEFORE, None)
+        last.version_policy.CopyFrom(made.version_policy)
+        if last == made:
+            return []
         made.version_policy.specific.versions[:] = [max(model_repository.versions(folder)) + 1]
-    version = made.version_policy.specific.versions[0]
-    staged = repository.stage(made.name, version, made, write)
-    repository.put(staged)
-    return {made.name: version}
+    return [repository.stage(made, write)]
 
 
 # --- a server that runs ----------------------------------------------------------------------------------------
 
-def _reload(at: Endpoint, repository: Repository, name: str, before: int | None, progress: Progress) -> None:
-    """Has the server load the new version, and takes it back if the server refuses. Raises ServerError."""
+def _put(repository: Repository, staged: Path, at: Endpoint | None, progress: Progress = lambda step: None) -> None:
+    """Makes a staged version live. A server `at` that refuses it, or answers wrongly then, goes on with the one before,
+    and the repository is as it was. Raises ServerError."""
+    name, version = staged.name, next(int(path.name) for path in staged.iterdir() if path.is_dir())
+    known = {} if at is None else at.states(name)
+    repository.put(staged)
+    if at is None:
+        return
     progress("reload the server")
-    version = model_repository.live(repository.folder / name)
-    refused = at.load(name)
-    deadline = monotonic() + RELOAD_SECONDS  # a server of `serve` sees the change by itself, at its next look
-    while refused is None and not at.has(f"{name}/versions/{version}") and monotonic() < deadline:
-        sleep(0.2)
-    if refused is None and not at.has(f"{name}/versions/{version}"):
-        refused = f"version {version} is not ready after {RELOAD_SECONDS} s"
+    folder = repository.folder / name
+    refused = _refused(at, name, version, known) or _wrong(at, name, folder / str(version))
     if refused is None:
         return
-    if before is not None:
-        repository.revert(name, before)
-    raise ServerError(f"model {name}", refused, "a version that loads",
-                      f"version {before} goes on serving" if before is not None else "the model is not served")
+    earlier = [int(path.parent.name) for path in model_repository.configurations(folder)[1:]]
+    if earlier:
+        repository.revert(name, earlier[0])
+        at.load(name)
+    repository.drop(name, version)
+    raise ServerError(f"model {name}", refused, "a version that loads and answers rightly",
+                      f"version {earlier[0]} goes on serving" if earlier else "the model is not served")
+
+
+def _refused(at: Endpoint, name: str, version: int, known: Mapping[int, tuple[str, str]]) -> str | None:
+    """Waits until the server has the version; the reason, if it refuses. A server of `serve` sees by itself what was
+    put, at its next look; `known` is what it said before."""
+    said, deadline = at.load(name), monotonic() + RELOAD_SECONDS
+    while True:
+        state, reason = now = at.states(name).get(version, ("", ""))
+        if state == "READY":
+            return None
+        if state == "UNAVAILABLE" and now != known.get(version):
+            return reason or said or "it was unloaded"
+        if state != "LOADING" and monotonic() > deadline:
+            return said or reason or f"version {version} is not there after {RELOAD_SECONDS} s"
+        sleep(0.1)
+
+
+def _wrong(at: Endpoint, name: str, version: Path) -> str | None:
+    """What is wrong with the numbers of a version that was just loaded, if it carries a reference."""
+    if not (version / PROOF).exists():
+        return None
+    try:
+        error, limit = served.proof(at, name, version, served.TIMEOUT_SECONDS)
+    except ServerError as failed:
+        return str(failed)
+    return None if error <= limit else f"relative L2 error {error:.1e} to its reference, limit {limit:.0e}"
 
 
 def rollback(request: Request) -> Result:
-    """Makes the version before the live one live again, or `version`. Raises UsageError, ServerError."""
+    """Makes the version that was live before the live one live again, or `version`. Raises UsageError, ServerError."""
     folder = Path(request.model)
     if not (folder / workspace.MANIFEST).exists():
         folder = artifact.folder_of(request.model, request.out, lambda step: None)
     where = request.repository or folder / REPOSITORY
     name = request.name or json.loads((folder / workspace.MANIFEST).read_bytes())["name"]
+    at = None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
     with model_repository.opened(where) as repository:
-        before, now = repository.revert(name, request.version)
-        if request.reload is not None:
-            _reload(served.endpoint(request.reload), repository, name, before, lambda step: None)
-    return Result(where, {name: now}, notes=(f"version {before} stays in the repository",))
+        was, now = model_repository.live(where / name), model_repository.earlier(where / name, request.version)
+        then = triton_config.read(where / name / str(now) / triton_config.CONFIG)
+        image = _ensemble_within(where / f"{name}{IMAGE}", then.max_batch_size)
+        if image is not None:
+            repository.revert(f"{name}{IMAGE}", image)
+        known = {} if at is None else at.states(name)
+        repository.revert(name, now)
+        refused = None if at is None else _refused(at, name, now, known)
+        if refused is not None:
+            repository.revert(name, was or now)
+            raise ServerError(f"model {name}", refused, "a version that loads", f"version {was} goes on serving")
+    return Result(where, {name: now}, notes=(f"version {was} stays in the repository",))
+
+
+def _ensemble_within(folder: Path, largest: int) -> int | None:
+    """The newest version of an ensemble that takes no more images at a time than its network; None if the live one does
+    or there is none."""
+    def fits(config: Path) -> bool:
+        return bool(triton_config.read(config).max_batch_size <= largest)
+
+    if model_repository.live(folder) is None or fits(folder / triton_config.CONFIG):
+        return None
+    copies = ((v, folder / str(v) / triton_config.CONFIG) for v in reversed(model_repository.versions(folder)))
+    return next((version for version, copy in copies if fits(copy)), None)
 
 
 # --- what is served --------------------------------------------------------------------------------------------
@@ -428,13 +475,16 @@ def check(request: CheckRequest, progress: Progress = lambda step: None) -> Chec
         manifest = artifact.manifest_of(held)
     cases = verify.load_reference(folder / REFERENCE)
     name, at = request.name or manifest["name"], served.endpoint(request.url, request.grpc_port)
-    rows = served.check(at, name, cases, request.max_error, progress)
-    if manifest.get("preprocess", "none") != "none" and at.has(f"{name}{IMAGE}"):
-        rows += served.check(at, f"{name}{IMAGE}", cases, request.max_error, progress)
+    config = at.configuration(name)
+    limit = served.limit_of(config) if request.max_error is None else request.max_error
+    wire = [one for one in served.CHECKED if not request.transports or one in request.transports]
+    rows = served.check(at, config, cases, limit, wire, progress)
+    if manifest.get("preprocess", "none") != "none" and config.max_batch_size:
+        rows += served.check(at, at.configuration(f"{name}{IMAGE}"), cases, limit, wire, progress)
     if not request.load or any(row.status == "failed" for row in rows):
         return Checked(rows)
     made, path = served.load(at, request.url, name, manifest, cases, request.clients,
-                             request.transports or served.TRANSPORTS, request.seconds, folder / load_record.LOADS,
+                             request.transports or served.reachable(at), request.seconds, folder / load_record.LOADS,
                              progress)
     return Checked(rows, made, path)
 

@@ -6,7 +6,8 @@
     <repository>.staging/                       where versions are made, and the lock of whoever makes them
 
 A version's folder is put in place whole, beside the live one, and counts for nothing until the configuration names it.
-Rolling back puts the copy of an earlier configuration in place. A kill at any moment leaves the old version or the new.
+Rolling back puts the copy of an earlier configuration in place: each notes which one was live before it. A kill at any
+moment leaves the old version or the new.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from export.errors import UsageError, WorkspaceError
 from pipeline import triton_config, workspace
-from pipeline.triton_config import CONFIG
+from pipeline.triton_config import BEFORE, CONFIG
 
 DEPLOYMENT, PROOF = "deployment.json", "proof.npz"
 Write = Callable[[Path], object]  # makes the files of a version in a folder
@@ -63,12 +64,17 @@ class Repository:
     def __init__(self, folder: Path, staging: Path) -> None:
         self.folder, self._staging = folder, staging
 
-    def stage(self, name: str, version: int, config: Any, write: Write) -> Path:
-        """Makes a version beside the repository, `<returned>/config.pbtxt` and `<returned>/<version>/`, to be looked at
-        before put(). Raises UsageError for a version that is there."""
+    def stage(self, config: Any, write: Write) -> Path:
+        """Makes the version that `config` names beside the repository, `<returned>/config.pbtxt` and
+        `<returned>/<version>/`, to be looked at before put(). It notes there which version it comes after. Raises
+        UsageError for a version that is there."""
+        name, (version,) = config.name, config.version_policy.specific.versions
         if (self.folder / name / str(version)).exists():
             raise UsageError(f"model {name}", f"version {version} is in the repository already",
                              "a version that is not there yet", "leave --version out")
+        before = live(self.folder / name)
+        if before is not None:
+            config.parameters[BEFORE].string_value = str(before)
         staged = self._staging / name
         inner = staged / str(version)
         inner.mkdir(parents=True)
@@ -78,6 +84,12 @@ class Repository:
         for path in (*inner.iterdir(), staged / CONFIG):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+        return staged
+
+    def stage_text(self, name: str, text: str) -> Path:
+        """A text file for who reads the repository, to be renamed to its place beside it."""
+        staged = self._staging / name
+        staged.write_text(text, "utf-8")
         return staged
 
     def put(self, staged: Path) -> None:
@@ -93,24 +105,24 @@ class Repository:
         (staged / CONFIG).replace(target / CONFIG)
         workspace.flush_folder(target)
 
-    def revert(self, name: str, version: int | None = None) -> tuple[int | None, int]:
-        """Makes an earlier version live, the one before if none is named; (what was live, what is). Raises
-        UsageError."""
+    def revert(self, name: str, version: int) -> None:
+        """Makes an earlier version live."""
         folder = self.folder / name
-        now = live(folder)
-        there = versions(folder)
-        earlier = [v for v in there if now is None or v < now]
-        chosen = version if version is not None else max(earlier, default=None)
-        if chosen is None or chosen not in there or not (folder / str(chosen) / CONFIG).exists():
-            raise UsageError(f"model {name}", f"no version {chosen or 'before ' + str(now)} to go back to",
-                             f"one of {', '.join(map(str, there)) or 'none'}", "deploy it again")
         copy = self._staging / f"{name}.{CONFIG}"
-        shutil.copyfile(folder / str(chosen) / CONFIG, copy)
+        shutil.copyfile(folder / str(version) / CONFIG, copy)
         with copy.open("rb+") as file:
             os.fsync(file.fileno())
         copy.replace(folder / CONFIG)
         workspace.flush_folder(folder)
-        return now, chosen
+
+    def drop(self, name: str, version: int) -> None:
+        """Takes a version out that is not live; the model with it, if no other version is there."""
+        folder = self.folder / name
+        if versions(folder) == [version]:
+            (folder / CONFIG).unlink()  # from here on it counts for nothing
+            shutil.rmtree(folder)
+        else:
+            shutil.rmtree(folder / str(version))
 
 
 def models(repository: Path) -> tuple[str, ...]:
@@ -136,11 +148,33 @@ def live(folder: Path) -> int | None:
 
 
 def configurations(folder: Path) -> tuple[Path, ...]:
-    """The live configuration of a model, and the copies in the versions before it, newest first. Before one that cannot
-    be read is every version."""
+    """The live configuration of a model, and those of the versions that were live before it, last first. Of one that
+    cannot be read nothing is known: then those of all versions, newest first."""
+    found = [folder / CONFIG]
     try:
-        now = live(folder)
+        before = _before(folder, found[-1])
+        while before is not None and before not in found:
+            found.append(before)
+            before = _before(folder, before)
     except UsageError:
-        now = None
-    earlier = [folder / str(v) / CONFIG for v in reversed(versions(folder)) if now is None or v < now]
-    return folder / CONFIG, *(path for path in earlier if path.exists())
+        found = [folder / CONFIG, *(folder / str(v) / CONFIG for v in reversed(versions(folder)))]
+    return tuple(path for path in found if path.exists())
+
+
+def earlier(folder: Path, version: int | None) -> int:
+    """`version`, or the one that was live before the live one. Raises UsageError if it cannot be gone back to."""
+    before = _before(folder, folder / CONFIG) if version is None else folder / str(version) / CONFIG
+    if before is None or not before.exists():
+        there = ", ".join(map(str, versions(folder))) or "none"
+        raise UsageError(f"model {folder.name}", f"no version {version or f'before {live(folder)}'} to go back to",
+                         f"--version with one of {there}", "or deploy it again")
+    return int(before.parent.name)
+
+
+def _before(folder: Path, config: Path) -> Path | None:
+    """The configuration that was live when that of `config` was deployed, if it is there still."""
+    if not config.exists():
+        return None
+    noted = triton_config.read(config).parameters
+    before = folder / noted[BEFORE].string_value / CONFIG if BEFORE in noted else None
+    return before if before is not None and before.exists() else None

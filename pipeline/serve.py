@@ -8,7 +8,6 @@ watched: a new version is loaded, a backend that died is noticed by the same req
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import secrets
 import shutil
@@ -24,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 from filelock import FileLock
@@ -63,12 +61,12 @@ class Request:
 
 def serve(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises UsageError, RuntimeUnavailable, ServerError, or VerifyFailed."""
-    with _signals() as stopped, started(request, progress, told) as server:
+    with _signals() as stopped, started(request, progress, told, stopped) as server:
         while not stopped():
             server.watch()
             deadline = time.monotonic() + request.health_seconds
-            while time.monotonic() < deadline and not stopped():
-                time.sleep(0.1)
+            while time.monotonic() < deadline and not stopped() and not server.changed():
+                time.sleep(0.2)
         told("stopping: requests in flight are finished")
     told("stopped")
 
@@ -90,26 +88,22 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def started(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None
-            ) -> Iterator[Server]:
-    """A server that is ready; it is stopped at the end of the block. Raises what serve() raises."""
+def started(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None,
+            stopped: Callable[[], bool] = lambda: False) -> Iterator[Server]:
+    """A server that is ready, unless `stopped` before; it is stopped at the end of the block. Raises what serve()
+    raises."""
     repository = _repository(request.folder)
     for port in (request.http_port, request.grpc_port, request.metrics_port):
         _check_free(request.listen, port)
     with tempfile.TemporaryDirectory(prefix="enginesmith-serve-") as folder:
         install = installed(request, Path(folder), progress)
-        server = Server(request, repository, Path(folder), install, told)
+        server = Server(request, repository, Path(folder), install, told, stopped)
         try:
             progress("start the server")
             server.start()
             yield server
         finally:
             server.stop()
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach it."""
-    return address == "localhost" or address == "::1" or address.startswith("127.")
 
 
 def _repository(folder: Path) -> Path:
@@ -120,8 +114,9 @@ def _repository(folder: Path) -> Path:
 
 
 def _check_free(address: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
+    if ":" in address:
+        raise UsageError(f"listen {address}", "an IPv6 address", "an IPv4 address, e.g. 0.0.0.0 for all")
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
@@ -171,7 +166,9 @@ def installed(request: Request, folder: Path, progress: Progress) -> Install:
 
 def _environment(home: Path, progress: Progress) -> Path:
     """Made once; a marker that is written last says that it is whole."""
-    wanted = (f"numpy=={NUMPY}", f"onnxruntime=={importlib.metadata.version('onnxruntime')}")
+    import onnxruntime  # whichever package it came from
+
+    wanted = (f"numpy=={NUMPY}", f"onnxruntime=={onnxruntime.__version__}")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     place = home / "-".join(("triton", PYTRITON, "ort", wanted[1].partition("==")[2], "python", python))
     home.mkdir(parents=True, exist_ok=True)
@@ -211,12 +208,14 @@ def _backends(server: Path, folder: Path) -> Path:
 class Server:
     """One tritonserver process and the repository rendered for it."""
 
-    def __init__(self, request: Request, repository: Path, folder: Path, install: Install, told: Told) -> None:
-        self.request, self.repository, self.install, self.told = request, repository, install, told
+    def __init__(self, request: Request, repository: Path, folder: Path, install: Install, told: Told,
+                 stopped: Callable[[], bool]) -> None:
+        self.request, self.repository, self.install = request, repository, install
+        self.told, self.stopped = told, stopped
         self.rendered, self.log = folder / "models", folder / "server.log"
         self._empty = folder / "empty"  # a model.py in the working folder would shadow the backend's
         self._empty.mkdir()
-        self.endpoint = Endpoint(request.listen if request.listen not in ("0.0.0.0", "::") else "127.0.0.1",
+        self.endpoint = Endpoint(request.listen if request.listen != "0.0.0.0" else "127.0.0.1",
                                  request.http_port, request.grpc_port, request.metrics_port)
         self._prefix = f"enginesmith_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen[bytes] | None = None
@@ -245,6 +244,8 @@ class Server:
                                              start_new_session=True, preexec_fn=_die_with_parent)
         deadline = time.monotonic() + START_SECONDS
         while not self.endpoint.ready():
+            if self.stopped():
+                return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise ServerError("tritonserver", self._complaint(), "a server that is ready")
             time.sleep(0.05)
@@ -317,7 +318,29 @@ class Server:
         if self._lost():
             self._again("a backend process ended")
 
+    def changed(self) -> bool:
+        """Whether something was deployed since the last look."""
+        with suppress(FileNotFoundError):  # of a model that is taken out
+            return any(path.read_bytes() != self._seen.get(path.parent.name)
+                       for path in self.repository.glob(f"*/{CONFIG}"))
+        return False
+
+    def _configurations(self) -> list[Path]:
+        """In the order in which they are loaded: an ensemble after what it runs, unless it has come to take fewer
+        images at a time, which it has to before what it runs does."""
+        def turn(path: Path) -> int:
+            with suppress(UsageError):
+                now, rendered = triton_config.read(path), self.rendered / path.parent.name / CONFIG
+                if now.platform == "ensemble":
+                    shrinks = rendered.exists() and triton_config.read(rendered).max_batch_size > now.max_batch_size
+                    return -1 if shrinks else 1
+            return 0  # also what cannot be read, with which whoever loads it deals
+
+        return sorted(self.repository.glob(f"*/{CONFIG}"), key=lambda path: (turn(path), path))
+
     def _again(self, reason: str) -> None:
+        if self.stopped():  # the server was told to stop as well, and lets its requests finish
+            return
         self.told(f"{reason}; the server is started again")
         self._kill()
         self.start()
@@ -331,7 +354,7 @@ class Server:
     def _follow(self) -> list[Exception]:
         """Takes each model whose configuration changed; what was wrong with those that are not served."""
         refused = []
-        for path in sorted(self.repository.glob(f"*/{CONFIG}"), key=lambda path: (_is_ensemble(path), path)):
+        for path in self._configurations():
             name, data = path.parent.name, path.read_bytes()
             if data != self._seen.get(name):
                 self._seen[name] = data
@@ -381,7 +404,9 @@ class Server:
 
     def _proven(self, name: str) -> str:
         """A real request, compared with the numbers that the version carries. Raises ServerError or VerifyFailed."""
-        folder = self.rendered / name / str(self._serving[name])
+        steps = triton_config.read(self.rendered / name / CONFIG).ensemble_scheduling.step
+        network = steps[-1].model_name if steps else name  # an ensemble is proven as its network is
+        folder = self.rendered / network / str(self._serving.get(network, 0))
         if not (folder / DEPLOYMENT).exists():
             return f"version {self._serving[name]} is served; it carries no reference"
         error, limit = served.proof(self.endpoint, name, folder, max(2.0, self.request.health_seconds))
@@ -412,13 +437,6 @@ class Server:
             left.unlink(missing_ok=True)
 
 
-def _is_ensemble(path: Path) -> bool:
-    """Whether other models have to be there before it. An unreadable configuration is dealt with by who loads it."""
-    with suppress(UsageError):
-        return bool(triton_config.read(path).platform == "ensemble")
-    return False
-
-
 def _zombies(parent: int) -> set[int]:
     """The children that have ended and were not waited for."""
     found = set()
@@ -433,13 +451,6 @@ def _zombies(parent: int) -> set[int]:
 def _die_with_parent() -> None:
     """A server whose `serve` was killed would hold its ports for ever. prctl(2), PR_SET_PDEATHSIG."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def described(server: Server) -> dict[str, Any]:
-    """Where it is, JSON-ready."""
-    at = server.endpoint
-    return {"http": f"http://{at.host}:{at.http}", "grpc": f"{at.host}:{at.grpc}",
-            "metrics": f"http://{at.host}:{at.metrics}/metrics", "pid": server.pid}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from time import perf_counter, perf_counter_ns, sleep
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline import environment, triton_config, verify, workspace
 from pipeline.export import Progress
 from pipeline.load_record import Level, Load
 from pipeline.model_repository import DEPLOYMENT, PROOF
+from pipeline.triton_config import CONFIG
 from pipeline.verify import Case, Comparison
 
 try:
@@ -41,8 +43,10 @@ except ImportError as error:
     raise missing("tritonclient", "deploy") from error
 
 TRANSPORTS = ("grpc", "http", "shared-memory")
+CHECKED = ("http", "grpc")
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 TIMEOUT_SECONDS = 60.0
+LOAD_SECONDS = 900.0  # ONNX Runtime's TensorRT provider builds its engine while a model is loaded
 AT_ONCE = 4  # clients of a check
 Infer = Callable[[], Any]  # one request; an object with as_numpy(name)
 
@@ -66,7 +70,7 @@ class Endpoint:
     def load(self, model: str) -> str | None:
         """Has the server load what its repository holds of a model; the reason, if it refuses."""
         try:
-            self._ask(f"/v2/repository/models/{model}/load", b"{}")
+            self._ask(f"/v2/repository/models/{model}/load", b"{}", LOAD_SECONDS)
         except ServerError as error:
             return str(error)
         return None
@@ -85,13 +89,39 @@ class Endpoint:
 
     def successes(self, model: str) -> int:
         """How many requests the model has answered, of all its versions."""
-        found = json.loads(self._ask(f"/v2/models/{model}/stats") or b"{}")
-        return sum(int(one["inference_stats"]["success"]["count"]) for one in found.get("model_stats", ()))
+        return sum(int(one["inference_stats"]["success"]["count"]) for one in self.statistics(model))
 
-    def _ask(self, path: str, data: bytes | None = None) -> bytes:
+    def statistics(self, model: str) -> list[dict[str, Any]]:
+        """Of each version.
+        https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md"""
+        found: list[dict[str, Any]] = self._json(f"/v2/models/{model}/stats", dict).get("model_stats", [])
+        return found
+
+    def configuration(self, model: str) -> Any:
+        """The ModelConfig that the server runs. Raises ServerError."""
+        return triton_config.from_json(self._json(f"/v2/models/{model}/config", dict))
+
+    def states(self, model: str) -> dict[int, tuple[str, str]]:
+        """Version -> (state, reason) of each that the server has tried to load. Raises ServerError.
+        https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md"""
+        return {int(one["version"]): (one.get("state", ""), one.get("reason", ""))
+                for one in self._json("/v2/repository/index", list, b"{}")
+                if one["name"] == model and "version" in one}
+
+    def _json(self, path: str, kind: type, data: bytes | None = None) -> Any:
+        try:
+            found = json.loads(self._ask(path, data))
+        except ValueError:
+            found = None
+        if not isinstance(found, kind):
+            raise ServerError(f"server {self.host}:{self.http}", f"{path} is no JSON {kind.__name__}",
+                              "a Triton server")
+        return found
+
+    def _ask(self, path: str, data: bytes | None = None, timeout: float = TIMEOUT_SECONDS) -> bytes:
         request = urllib.request.Request(f"http://{self.host}:{self.http}{path}", data)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
                 found: bytes = answer.read()
                 return found
         except urllib.error.HTTPError as error:
@@ -100,9 +130,9 @@ class Endpoint:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 text = json.loads(text)["error"]
             raise ServerError(f"server {self.host}:{self.http}", f"{error.code}: {text}"[:500]) from error
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise ServerError(f"server {self.host}:{self.http}", str(getattr(error, "reason", error)), "a server "
-                              "that answers", "python -m pipeline.serve DIR starts one here") from error
+                              "that answers HTTP", "python -m pipeline.serve DIR starts one here") from error
 
 
 def endpoint(url: str, grpc_port: int | None = None) -> Endpoint:
@@ -115,6 +145,16 @@ def endpoint(url: str, grpc_port: int | None = None) -> Endpoint:
     if parts.scheme != "http" or not parts.hostname or not port:
         raise UsageError(f"URL {url!r}", "not an address of a server", "http://HOST:PORT of its HTTP service")
     return Endpoint(parts.hostname, port, grpc_port or port + 1, port + 2)
+
+
+def reachable(at: Endpoint) -> tuple[str, ...]:
+    """Another machine's server maps no shared memory of this one."""
+    return TRANSPORTS if is_loopback(at.host) else TRANSPORTS[:2]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach it."""
+    return address == "localhost" or address == "::1" or address.startswith("127.")
 
 
 # --- one client ------------------------------------------------------------------------------------------------
@@ -147,7 +187,7 @@ def client(at: Endpoint, transport: str, model: str, feeds: Mapping[str, np.ndar
                 return one.infer(model, inputs, **more)
             except InferenceServerException as error:
                 raise ServerError(f"model {model}", f"{error.status()}: {error.message()}"[:500]) from error
-            except (OSError, EOFError) as error:  # gevent's HTTP client raises the socket's
+            except (OSError, EOFError, HTTPException) as error:  # of gevent's HTTP client
                 raise ServerError(f"model {model}", str(error) or type(error).__name__) from error
         yield infer
 
@@ -183,25 +223,35 @@ def _wire_type(array: np.ndarray) -> str:
 
 
 def proof(at: Endpoint, model: str, folder: Path, timeout: float) -> tuple[float, float]:
-    """(relative L2 error, limit) of the answer to the request that a deployed version carries. Raises ServerError."""
+    """(relative L2 error, limit) of the answer to the request that a deployed version carries. Raises ServerError.
+
+    A response cache would go on with the right answer when the backend has long stopped: there another row goes along,
+    which is another every time, where the model takes more than one.
+    """
     limit = float(json.loads((folder / DEPLOYMENT).read_bytes())["limit"])
     with np.load(folder / PROOF, allow_pickle=False) as file:
         arrays = dict(file)
     feeds = {name.removeprefix("input/"): a for name, a in arrays.items() if name.startswith("input/")}
     truth = {name.removeprefix("output/"): a for name, a in arrays.items() if name.startswith("output/")}
+    config, rows = triton_config.read(folder / CONFIG), len(next(iter(feeds.values())))
+    more = int(config.response_cache.enable and config.max_batch_size > rows)
+    if more:
+        rng = np.random.default_rng()
+        feeds = {name: np.concatenate([a, rng.permutation(a[0].ravel()).reshape(a[:1].shape)])
+                 for name, a in feeds.items()}
     with client(at, "grpc", model, feeds, timeout) as infer:
-        rows = _compared(infer(), truth, model)
-    return max(row.relative_l2 for row in rows), limit
+        found = _compared(infer(), truth, model, more)
+    return verify.furthest(found).relative_l2, limit
 
 
-def _compared(answer: Any, truth: Mapping[str, np.ndarray], model: str) -> list[Comparison]:
+def _compared(answer: Any, truth: Mapping[str, np.ndarray], model: str, more: int = 0) -> list[Comparison]:
+    """`more`: rows after those that there is a truth of."""
     rows = []
     for name, expected in truth.items():
-        found = answer.as_numpy(name)
-        if found is None or found.shape != expected.shape:
-            raise ServerError(f"model {model}", f"output {name} of shape {getattr(found, 'shape', None)}",
-                              str(expected.shape))
-        rows.append(verify.compare(name, len(expected), found, expected))
+        found, wanted = answer.as_numpy(name), (len(expected) + more, *expected.shape[1:])
+        if found is None or found.shape != wanted:
+            raise ServerError(f"model {model}", f"output {name} of shape {getattr(found, 'shape', None)}", str(wanted))
+        rows.append(verify.compare(name, len(expected), found[:len(expected)], expected))
     return rows
 
 
@@ -222,33 +272,29 @@ class Row:
     top1: float | None
 
 
-def check(at: Endpoint, model: str, cases: Case, limit: float | None, progress: Progress) -> tuple[Row, ...]:
-    """The deployed model against the reference. `limit` None: verify's for the precision that the server's
-    configuration names. Raises ServerError where no server answers, or it has no such model."""
-    config = configuration(at, model)
-    precision = config.parameters[triton_config.PRECISION].string_value or "fp32"
-    limit = verify.LIMITS.get(precision, 1e-4) if limit is None else limit
-    largest = config.max_batch_size
+def limit_of(config: Any) -> float:
+    """Verify's, for the precision that a configuration names."""
+    return verify.LIMITS.get(config.parameters[triton_config.PRECISION].string_value, verify.LIMITS["fp32"])
+
+
+def check(at: Endpoint, config: Any, cases: Case, limit: float, transports: Sequence[str], progress: Progress
+          ) -> tuple[Row, ...]:
+    """The model that the server runs by `config` against the reference."""
+    model, largest = config.name, config.max_batch_size
     preferred = tuple(config.dynamic_batching.preferred_batch_size)
-    fixed = len(next(iter(cases[0].values())))
-    batches = sorted({1, *preferred, largest}) if largest else [
-        config.input[0].dims[0] if config.input[0].dims else fixed]
+    batches = sorted({1, *preferred, largest}) if largest else [_fixed(config, cases)]
     rows = []
-    for transport in ("http", "grpc"):
+    for transport in transports:
         for batch, clients in [(b, 1) for b in batches] + [(batches[0], AT_ONCE)]:
             progress(f"check {model}: {transport}, batch {batch}, clients {clients}")
             rows.append(_row(at, model, transport, int(batch), clients, cases, limit))
     return tuple(rows)
 
 
-def configuration(at: Endpoint, model: str) -> Any:
-    """The ModelConfig that the server runs. Raises ServerError."""
-    with contextlib.closing(tritonclient.grpc.InferenceServerClient(f"{at.host}:{at.grpc}")) as one:
-        try:
-            return one.get_model_config(model, client_timeout=TIMEOUT_SECONDS).config
-        except InferenceServerException as error:
-            raise ServerError(f"server {at.host}:{at.grpc} (gRPC)", f"{error.status()}: {error.message()}"[:300],
-                              f"model {model}", "see that the server runs, and its ports") from error
+def _fixed(config: Any, cases: Case) -> int:
+    """The batch of a model that is not batched: that of its shape, or of the reference if it is open."""
+    dims = config.input[0].dims
+    return int(dims[0]) if dims and dims[0] > 0 else len(next(iter(cases[0].values())))
 
 
 def _row(at: Endpoint, model: str, transport: str, batch: int, clients: int, cases: Case, limit: float) -> Row:
@@ -269,11 +315,13 @@ def _row(at: Endpoint, model: str, transport: str, batch: int, clients: int, cas
         thread.start()
     for thread in threads:
         thread.join()
-    worst = max((c.relative_l2 for c in found), default=None)
+    worst = verify.furthest(found).relative_l2 if found else None
     if worst is not None and not worst <= limit:
         reasons.append(f"relative L2 error {worst:.2e}, limit {limit:.0e}")
-    return Row(model, transport, batch, clients, "failed" if reasons else "passed", "; ".join(reasons[:1]), worst,
-               limit, min((c.top1 for c in found), default=None))
+    if not reasons and len(found) != clients * len(cases[1]):  # a thread ended by what nobody thought of
+        reasons.append(f"{len(found)} answers of {clients * len(cases[1])}")
+    return Row(model, transport, batch, clients, "failed" if reasons else "passed", "; ".join(reasons[:1]),
+               None if worst is None or np.isnan(worst) else worst, limit, min((c.top1 for c in found), default=None))
 
 
 def require(rows: Sequence[Row]) -> None:
@@ -316,10 +364,10 @@ def level(at: Endpoint, model: str, feeds: Mapping[str, np.ndarray], transport: 
         for thread in threads:
             thread.join()
         raise ServerError(f"model {model} over {transport}", next(iter(errors), "no answer")) from None
-    before, start = _statistics(at, model), perf_counter()
+    before, start, first = _statistics(at, model), perf_counter(), len(samples)
     over.wait(seconds)
-    passed, after = perf_counter() - start, _statistics(at, model)
-    answered = tuple(samples)
+    last, passed, after = len(samples), perf_counter() - start, _statistics(at, model)
+    answered = tuple(samples[first:last])
     over.set()
     for thread in threads:
         thread.join()
@@ -342,26 +390,22 @@ def _try(infer: Infer, errors: Counter[str], samples: list[int]) -> None:
 
 def _statistics(at: Endpoint, model: str) -> dict[str, float]:
     """Sums over the versions of a model; times in nanoseconds."""
-    with contextlib.closing(tritonclient.grpc.InferenceServerClient(f"{at.host}:{at.grpc}")) as one:
-        try:
-            found = one.get_inference_statistics(model, client_timeout=TIMEOUT_SECONDS).model_stats
-        except InferenceServerException as error:
-            raise ServerError(f"model {model}", str(error.message())) from error
+    found = at.statistics(model)
     rungs = ("queue", "compute_input", "compute_infer", "compute_output")
-    sums = {name: float(sum(getattr(s.inference_stats, name).ns for s in found)) for name in rungs}
-    return sums | {"success": float(sum(s.inference_stats.success.count for s in found)),
-                   "images": float(sum(s.inference_count for s in found)),
-                   "executions": float(sum(s.execution_count for s in found))}
+    sums = {name: float(sum(int(s["inference_stats"][name]["ns"]) for s in found)) for name in rungs}
+    return sums | {"success": float(sum(int(s["inference_stats"]["success"]["count"]) for s in found)),
+                   "images": float(sum(int(s["inference_count"]) for s in found)),
+                   "executions": float(sum(int(s["execution_count"]) for s in found))}
 
 
 def load(at: Endpoint, url: str, model: str, manifest: Mapping[str, Any], cases: Case, clients: Sequence[int],
          transports: Sequence[str], seconds: float, folder: Path, progress: Progress) -> tuple[Load, Path]:
     """Measures every number of clients over every transport and writes `loads/<id>.json`. Raises ServerError."""
-    config = configuration(at, model)
-    batch = 1 if config.max_batch_size else len(next(iter(cases[0].values())))
-    if not config.max_batch_size and config.input[0].dims:
-        batch = int(config.input[0].dims[0])
-    feeds = verify.cycled(cases[0], batch)
+    config = at.configuration(model)
+    if config.response_cache.enable:
+        raise UsageError(f"model {model}", "has a response cache, which would answer the equal requests of a load test",
+                         "a model without one", "deploy it without --response-cache to measure the engine")
+    feeds = verify.cycled(cases[0], 1 if config.max_batch_size else _fixed(config, cases))
     machine = environment.capture("cpu")
     levels = []
     for transport in transports:

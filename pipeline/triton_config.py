@@ -18,7 +18,7 @@ from engines.runtime import TensorSpec, missing
 from export.errors import UsageError
 
 try:
-    from google.protobuf import text_format
+    from google.protobuf import json_format, text_format
     from tritonclient.grpc import model_config_pb2 as model_config_pb2
 except ImportError as error:
     raise missing("tritonclient", "deploy") from error
@@ -34,8 +34,8 @@ TYPES: Mapping[str, str] = MappingProxyType({
     "bool": "TYPE_BOOL", "uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "uint32": "TYPE_UINT32",
     "uint64": "TYPE_UINT64", "int8": "TYPE_INT8", "int16": "TYPE_INT16", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
     "float16": "TYPE_FP16", "float32": "TYPE_FP32", "float64": "TYPE_FP64", "bfloat16": "TYPE_BF16"})
-# parameters by which a deployed model says what it is; Triton's backends pass over them
-PRECISION, ENGINE = "enginesmith.precision", "enginesmith.engine_sha256"
+# parameters by which a deployed model says what it is, and what it came after; Triton's backends pass over them
+PRECISION, ENGINE, BEFORE = "enginesmith.precision", "enginesmith.engine_sha256", "enginesmith.before"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _batching(made: Any, batching: Batching) -> None:
 
 
 def _warm_up(made: Any, served: Served, batch: int) -> None:
-    request = made.model_warmup.add(name=f"batch {batch}" if batch else "fixed batch", batch_size=batch)
+    request = made.model_warmup.add(name=f"batch {batch}" if batch else "fixed batch", batch_size=batch or 1)
     for spec in served.inputs:
         one = request.inputs[spec.name]
         one.data_type, one.zero_data = _type(spec), True  # random bits are no numbers
@@ -148,13 +148,15 @@ def _dims(spec: TensorSpec, batched: bool) -> list[int]:
     return [-1 if n is None else n for n in (spec.shape[1:] if batched else spec.shape)]
 
 
-def ensemble(name: str, version: int, steps: Sequence[Any], labels: str = "") -> Any:
+def ensemble(name: str, version: int, steps: Sequence[Any]) -> Any:
     """The configurations `steps`, run one after another, as one model: the first output of each is the first input of
-    the next. https://github.com/triton-inference-server/server/blob/main/docs/user_guide/ensemble_models.md"""
-    made = model_config_pb2.ModelConfig(name=name, platform="ensemble", max_batch_size=steps[-1].max_batch_size)
-    made.input.extend(steps[0].input)
-    made.output.extend(steps[-1].output)
-    made.output[0].label_filename = labels
+    the next. It takes as many images at a time as all of them do; labels are those of the last step.
+    https://github.com/triton-inference-server/server/blob/main/docs/user_guide/ensemble_models.md"""
+    made = model_config_pb2.ModelConfig(name=name, platform="ensemble",
+                                        max_batch_size=min(step.max_batch_size for step in steps))
+    for tensors, found in ((made.input, steps[0].input), (made.output, steps[-1].output)):
+        for tensor in found:
+            tensors.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     made.version_policy.specific.versions.append(version)
     for i, step in enumerate(steps):
         one = made.ensemble_scheduling.step.add(model_name=step.name, model_version=-1)
@@ -162,9 +164,12 @@ def ensemble(name: str, version: int, steps: Sequence[Any], labels: str = "") ->
             one.input_map[tensor.name] = tensor.name if i == 0 else f"between_{i}"
         for tensor in step.output:
             one.output_map[tensor.name] = tensor.name if i == len(steps) - 1 else f"between_{i + 1}"
-    for key in (PRECISION, ENGINE):
-        made.parameters[key].string_value = steps[-1].parameters[key].string_value
     return made
+
+
+def from_json(found: dict[str, Any]) -> Any:
+    """What a server answers at `/v2/models/MODEL/config`; fields of other releases are passed over."""
+    return json_format.ParseDict(found, model_config_pb2.ModelConfig(), ignore_unknown_fields=True)
 
 
 def text(made: Any) -> str:

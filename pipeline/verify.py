@@ -8,7 +8,7 @@ against themselves. An engine that fails is searched for the first node that dep
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -164,7 +164,7 @@ def _measured(row: Row, wish: BuildRequest, engine: Runtime, cases: Case) -> Row
         found = engine.run(inputs)
         compared += [compare(name, batch, found[name], expected[name]) for name in expected]
     identical, padding = _self_consistency(engine, cases[0], profile.max)
-    worst = max(compared, key=lambda c: np.inf if np.isnan(c.relative_l2) else c.relative_l2)
+    worst = furthest(compared)
     reasons = [f"output {worst.output} at batch {worst.batch} has relative L2 error {worst.relative_l2:.2e}, limit "
                f"{row.limit:.0e}"] if not worst.relative_l2 <= row.limit else []
     for what, value in (("identical rows of a batch", identical), ("rows of a padded batch", padding)):
@@ -172,6 +172,11 @@ def _measured(row: Row, wish: BuildRequest, engine: Runtime, cases: Case) -> Row
             reasons.append(f"{what} differ by {value:.2e}, limit {row.limit * SELF:.0e}")
     return replace(row, status="failed" if reasons else "passed", reason="; ".join(reasons),
                    comparisons=tuple(compared), identical_rows=identical, padding=padding)
+
+
+def furthest(compared: Sequence[Comparison]) -> Comparison:
+    """The one with the largest error; what is not a number is further than any."""
+    return max(compared, key=lambda c: np.inf if np.isnan(c.relative_l2) else c.relative_l2)
 
 
 def cycled(arrays: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:

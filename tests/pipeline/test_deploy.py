@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,7 @@ from onnx import numpy_helper
 
 from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
-from pipeline import capacity, deploy, model_repository, serve, triton_config, triton_lint, workspace
+from pipeline import capacity, deploy, model_repository, serve, served, triton_config, triton_lint, workspace
 from pipeline.capacity import Curve, Point
 from tests.pipeline.servers import asked, free_ports, small
 
@@ -83,11 +88,11 @@ def test_beside_a_corrupt_version_the_old_one_serves(deployed: tuple[deploy.Requ
     with model_repository.opened(result.repository) as repository:
         config = triton_config.read(result.repository / "small/config.pbtxt")
         config.version_policy.specific.versions[:] = [9]
-        repository.put(repository.stage("small", 9, config, lambda f: (f / "model.onnx").write_bytes(b"no model")))
+        repository.put(repository.stage(config, lambda f: (f / "model.onnx").write_bytes(b"no model")))
         server.watch()
         assert not server.endpoint.has("small/versions/9")
         deploy.check(asked(request, server)).require()
-        assert repository.revert("small") == (9, 1)
+        repository.revert("small", 1)
     server.watch()
     assert model_repository.live(result.repository / "small") == 1
     deploy.check(asked(request, server)).require()
@@ -108,11 +113,11 @@ def test_a_version_with_other_numbers_than_its_proof_is_not_served(deployed: tup
     with model_repository.opened(result.repository) as repository:
         config = triton_config.read(folder / "config.pbtxt")
         config.version_policy.specific.versions[:] = [11]
-        repository.put(repository.stage("small", 11, config, other))
+        repository.put(repository.stage(config, other))
         server.watch()
         deploy.check(asked(request, server)).require()
         assert not server.endpoint.has("small/versions/11")
-        assert repository.revert("small", 1) == (11, 1)
+        repository.revert("small", 1)
     server.watch()
     assert server.pid == first
     deploy.check(asked(request, server)).require()
@@ -132,6 +137,7 @@ def test_a_fixed_batch_is_measured_and_served(tmp_path: Path) -> None:
     config = triton_config.read(result.repository / "three/config.pbtxt")
     assert (config.max_batch_size, list(config.input[0].dims)) == (0, [3, 4])
     assert not config.HasField("dynamic_batching")
+    assert [(one.batch_size, list(one.inputs["x"].dims)) for one in config.model_warmup] == [(1, [3, 4])]
     assert result.choice is not None
     assert result.choice.images_per_second > 0
     assert result.service is not None
@@ -143,8 +149,94 @@ def test_a_fixed_batch_is_measured_and_served(tmp_path: Path) -> None:
     assert checked.load.levels[0].batch == 3
 
 
+def test_the_version_before_is_the_one_that_was_live_before(deployed: tuple[deploy.Request, deploy.Result],
+                                                            tmp_path: Path) -> None:
+    request = replace(deployed[0], repository=tmp_path / "repository")
+    for _ in range(3):
+        deploy.deploy(request)
+    assert deploy.rollback(replace(request, version=1)).models == {"small": 1}
+    assert deploy.deploy(request).models == {"small": 4}
+    assert deploy.rollback(request).models == {"small": 1}  # and not 3
+    with pytest.raises(UsageError, match="no version before 1 to go back to; expected --version with one of 1, 2, 3"):
+        deploy.rollback(request)
+
+
+def test_reload_tells_the_server_and_takes_back_what_it_refuses(
+        deployed: tuple[deploy.Request, deploy.Result], server: serve.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(deployed[0], reload=f"http://127.0.0.1:{server.endpoint.http}", grpc_port=server.endpoint.grpc)
+    earlier = model_repository.live(deployed[1].repository / "small")
+    with watching(server):
+        version = deploy.deploy(request).models["small"]
+        assert server.endpoint.has(f"small/versions/{version}")
+        assert deploy.rollback(request).models == {"small": earlier}
+        assert server.endpoint.has(f"small/versions/{earlier}")
+
+        def damaged(repository: model_repository.Repository, staged: Path) -> None:
+            (staged / str(version + 1) / "model.onnx").write_bytes(b"no model")  # after the lint has seen it
+            put(repository, staged)
+
+        put = model_repository.Repository.put
+        monkeypatch.setattr(model_repository.Repository, "put", damaged)
+        before = sorted(deployed[1].repository.rglob("*"))
+        with pytest.raises(ServerError, match=f"Protobuf parsing failed.*; version {earlier} goes on serving"):
+            deploy.deploy(request)
+        assert sorted(deployed[1].repository.rglob("*")) == before
+        deploy.check(asked(request, server)).require()
+
+
+@contextmanager
+def watching(server: serve.Server) -> Iterator[None]:
+    """The server looks after itself, as in the command."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.2):
+            server.watch()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("url", ["https://127.0.0.1:8000", "http://", "http://127.0.0.1:port"])
+def test_reload_of_what_is_no_address_changes_nothing(url: str, deployed: tuple[deploy.Request, deploy.Result]) -> None:
+    before = sorted(deployed[1].repository.rglob("*"))
+    with pytest.raises(UsageError, match="not an address of a server"):
+        deploy.deploy(replace(deployed[0], reload=url))
+    assert sorted(deployed[1].repository.rglob("*")) == before
+
+
+def test_a_server_that_hangs_up_passes_no_check() -> None:
+    """Neither over HTTP nor over gRPC; and it is no server that could be told of a version."""
+    ones = {"x": np.ones((2, 4), np.float32)}, {"y": np.ones((2, 5), np.float32)}
+    config = triton_config.model_config_pb2.ModelConfig(name="small", max_batch_size=2)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=_hang_up, args=(listening,))
+        thread.start()
+        at = served.Endpoint("127.0.0.1", port, port)
+        rows = served.check(at, config, ones, 1e-4, ("http", "grpc"), lambda step: None)
+        with pytest.raises(ServerError, match="a server that answers HTTP"):
+            at.states("small")
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert {(row.transport, row.status) for row in rows} == {("http", "failed"), ("grpc", "failed")}
+    assert all(row.reason for row in rows)
+
+
+def _hang_up(listening: socket.socket) -> None:
+    with suppress(OSError):  # closed
+        while True:
+            with listening.accept()[0] as one:
+                one.recv(16)
+
+
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
-    with pytest.raises(ServerError, match="see that the server runs"):
+    with pytest.raises(ServerError, match=r"Connection refused.*pipeline\.serve DIR starts one"):
         deploy.check(deploy.CheckRequest(deployed[0].model, deployed[0].out, None, "http://127.0.0.1:9"))
 
 

@@ -6,14 +6,17 @@ Everything goes through the command line, and the real server.
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
 
-from pipeline import serve, triton_config
+from pipeline import serve, served, triton_config
 from tests.pipeline.servers import free_ports
 from tests.pipeline.test_build_verify import run
 
@@ -123,9 +126,89 @@ def test_an_equal_request_is_answered_from_the_cache(client: tritonclient.grpc.I
     np.testing.assert_array_equal(again, first)
 
 
+def test_the_probe_of_health_is_not_answered_from_the_cache(
+        server: serve.Server, client: tritonclient.grpc.InferenceServerClient) -> None:
+    def ran() -> int:
+        return int(client.get_inference_statistics(NAME).model_stats[0].execution_count)
+
+    for model in (NAME, f"{NAME}_image"):
+        for _ in range(2):
+            before = ran()
+            error, limit = served.proof(server.endpoint, model, server.rendered / NAME / "1", 10)
+            assert error < limit
+            assert ran() == before + 1
+
+
+def test_a_load_test_of_a_cache_is_refused(out: Path, server: serve.Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("deploy", NAME, "--out", out, "--check", f"http://127.0.0.1:{server.endpoint.http}",
+               "--grpc-port", server.endpoint.grpc, "--load") == 1
+    assert "deploy it without --response-cache" in capsys.readouterr().err
+
+
+def test_an_ensemble_that_is_not_served_is_no_passed_check(out: Path, server: serve.Server,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    server.endpoint.unload(f"{NAME}_image")
+    assert run("deploy", NAME, "--out", out, "--check", f"http://127.0.0.1:{server.endpoint.http}",
+               "--grpc-port", server.endpoint.grpc, "--transport", "http") == 1
+    assert f"{NAME}_image" in capsys.readouterr().err
+    assert server.endpoint.load(f"{NAME}_image") is None
+
+
+def test_to_int8_with_smaller_batches_and_back_under_load(out: Path, server: serve.Server,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """Clients of the network and of its ensemble notice nothing: an ensemble may not take more than its network does,
+    at no moment."""
+    first, over, failed, answered = server.pid, threading.Event(), list[str](), Counter[str]()
+
+    def work(model: str) -> None:
+        pixels = np.random.default_rng(3)
+        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.endpoint.grpc}") as one:
+            while not over.is_set():
+                try:
+                    one.infer(model, image(pixels.integers(0, 256, (1, 64, 64, 3), np.uint8)))
+                except InferenceServerException as error:
+                    failed.append(f"{model}: {error}")
+                answered[model] += 1
+
+    def checked() -> set[tuple[str, float, str]]:
+        capsys.readouterr()
+        assert run("deploy", NAME, "--out", out, "--check", f"http://127.0.0.1:{server.endpoint.http}",
+                   "--grpc-port", server.endpoint.grpc, "--json") == 0
+        return {(row["model"], row["limit"], row["status"]) for row in json.loads(capsys.readouterr().out)["rows"]}
+
+    models = NAME, f"{NAME}_image"
+    largest = [server.endpoint.configuration(model).max_batch_size for model in models]
+    assert run("build", NAME, "--out", out, "--precision", "int8", "--profile", "1,4,8") == 0
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    try:
+        assert run("deploy", NAME, "--out", out, "--precision", "int8") == 0
+        server.watch()
+        assert checked() == {(model, 0.1, "passed") for model in models}
+        assert [server.endpoint.configuration(model).max_batch_size for model in models] == [8, 8]
+        assert run("deploy", NAME, "--out", out, "--rollback") == 0
+        server.watch()
+        assert checked() == {(model, 1e-4, "passed") for model in models}
+        assert run("deploy", NAME, "--out", out) == 0  # which the ensemble grows with again
+        server.watch()
+        assert [server.endpoint.configuration(model).max_batch_size for model in models] == largest
+        assert run("deploy", NAME, "--out", out, "--rollback", "--version", "3") == 0
+        server.watch()
+        assert checked() == {(model, 0.1, "passed") for model in models}
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert min(answered[model] for model in models) > 10
+    assert server.pid == first
+
+
 def test_labels_of_another_length_are_refused(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = tmp_path / "short.txt"
     short.write_text("one\ntwo\n", "utf-8")
+    before = sorted((out / NAME / "model_repository").rglob("*"))
     assert run("deploy", NAME, "--out", out, "--labels", short) == 3
     assert "2 lines; expected 10 lines" in capsys.readouterr().err
-    assert list((out / NAME / "model_repository" / NAME).glob("3")) == []
+    assert sorted((out / NAME / "model_repository").rglob("*")) == before
