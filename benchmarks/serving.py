@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import tempfile
 import time
@@ -31,16 +30,6 @@ from pipeline.record import typed
 from pipeline.workspace import ENGINES
 
 PAUSE = 0.3  # thread pools of the one before spin on for a while
-
-
-def free_ports() -> list[int]:
-    probes = [socket.socket() for _ in range(3)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def peak_mb(pid: int) -> float:
@@ -64,7 +53,7 @@ def measure(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     clients = [int(n) for n in asked.clients.split(",")]
     rounds = []
     with Worker(receipt.request_of(made.engine, model)) as worker, \
-            serve.started(serve.Request(made.repository, *free_ports())) as server:
+            serve.started(serve.Request(made.repository)) as server:
         worker.load(home / ENGINES / made.engine.file)
         feeds = {batch: verify.cycled(inputs, batch) for batch in {1, best}}
         for _ in range(asked.rounds):

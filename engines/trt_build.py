@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engines.digest import sha256
 from engines.errors import BuildError
 from engines.runtime import BuildRequest, Built, missing
@@ -66,8 +68,16 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
     seen = {} if request.device == "cpu" else inspected(_inspector_text(trt, log, plan, network), tf32)
     if seen:
         layers, source = seen, "the engine inspector"
-    return Built(layers, source, tf32, {"workspace_bytes": workspace, "timing_cache": timing and
-                                        {"file": timing, "sha256": sha256(cache)}})
+    return Built(layers, source, tf32, {
+        "workspace_bytes": workspace, "timing_cache": timing and {"file": timing, "sha256": sha256(cache)},
+        # a plan does not say it without a GPU
+        "inputs": [_tensor(trt, network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [_tensor(trt, network.get_output(i)) for i in range(network.num_outputs)]})
+
+
+def _tensor(trt: Any, tensor: Any) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": np.dtype(trt.nptype(tensor.dtype)).name,
+            "shape": ["batch" if n == -1 else n for n in tensor.shape]}
 
 
 def _inspector_text(trt: Any, log: Any, plan: bytes, network: Any) -> str:

@@ -307,6 +307,7 @@ def deploy(
         metavar="triton|kserve", help="kserve: write an InferenceService beside the repository, too.")] = "triton",
     storage_uri: Annotated[str | None, typer.Option(
         metavar="URI", help="Where the cluster finds the repository, e.g. s3://BUCKET/PATH; for kserve.")] = None,
+    min_replicas: Annotated[int, typer.Option(min=0, help="For kserve; 0: none without requests.")] = 1,
     max_replicas: Annotated[int, typer.Option(min=1, help="For kserve.")] = 8,
     triton_release: Annotated[str | None, typer.Option(
         metavar="YY.MM", help="The server's container: its TensorRT has to be a plan's.")] = None,
@@ -327,7 +328,8 @@ def deploy(
     from pipeline import deploy as stage
 
     request = stage.Request(model, out, repository, name, runtime, precision, device, max_latency_ms, version, labels,
-                            response_cache, reload, grpc_port, server, storage_uri, max_replicas, triton_release)
+                            response_cache, reload, grpc_port, server, storage_uri, min_replicas, max_replicas,
+                            triton_release)
     if check is not None:
         asked = stage.CheckRequest(model, out, name, check, grpc_port, max_error, load, _numbers("clients", clients),
                                    tuple(transport or ()), seconds)

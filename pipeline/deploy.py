@@ -59,7 +59,8 @@ class Request:
     """What a user asks for. `repository` None: `model_repository` of the artifact. `name` None: the artifact's.
     `labels`: a file with a line for each class. `reload`: the URL of a server of this repository, which is told, and
     asked over its `grpc_port` too. `server`: `triton`, or `kserve`, which takes the repository from `storage_uri` and
-    runs up to `max_replicas` of it. `triton_release`: the server's container, such as `25.01`."""
+    runs `min_replicas` (0: none without requests) to `max_replicas` of it. `triton_release`: the server's container,
+    such as `25.01`."""
 
     model: str
     out: Path = Path("artifacts")
@@ -76,6 +77,7 @@ class Request:
     grpc_port: int | None = None
     server: str = "triton"
     storage_uri: str | None = None
+    min_replicas: int = 1
     max_replicas: int = 8
     triton_release: str | None = None
 
@@ -178,8 +180,8 @@ def _ready(request: Request, progress: Progress) -> Ready:
     if MODEL_FILES[BACKENDS[request.runtime][0]] == MODEL:  # optimized for this machine, the engine is for no other
         source = model_file.read(model)
         return Ready(folder, manifest, made, wish, path, model, source.inputs, source.outputs, notes)
-    return Ready(folder, manifest, made, wish, path, path, _specs(manifest["inputs"]), _specs(manifest["outputs"]),
-                 notes)
+    inputs, outputs = (_specs(made.details.get(kind) or manifest[kind]) for kind in ("inputs", "outputs"))
+    return Ready(folder, manifest, made, wish, path, path, inputs, outputs, notes)
 
 
 def _engine(request: Request, folder: Path) -> tuple[Receipt, Path] | None:
@@ -212,6 +214,9 @@ def _specs(described: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
 
 def _chosen(request: Request, ready: Ready, progress: Progress) -> Choice:
     batched = all(s.shape and s.shape[0] is None for s in (*ready.inputs, *ready.outputs))
+    if ready.notes and request.max_latency_ms is not None:
+        raise UsageError(f"max-latency-ms {request.max_latency_ms:g}", f"{ready.receipt.file} was not measured, as it "
+                         "does not run here", "no limit, or a machine that runs it", "deploy it there")
     if ready.notes:
         profiles = ready.wish.profiles
         return capacity.unmeasured(max(p.max for p in profiles), tuple(sorted({p.opt for p in profiles})), batched)
@@ -226,7 +231,7 @@ def _chosen(request: Request, ready: Ready, progress: Progress) -> Choice:
 def _served(request: Request, ready: Ready, name: str, version: int, choice: Choice) -> Served:
     return Served(name, version, request.runtime, request.precision, request.device, ready.receipt.sha256, ready.inputs,
                   ready.outputs, choice.batching, request.labels is not None, request.response_cache,
-                  len(ready.wish.profiles))
+                  ready.wish.profiles, ready.wish.options.workspace_bytes)
 
 
 def _write(request: Request, ready: Ready, choice: Choice, folder: Path) -> None:
@@ -304,7 +309,7 @@ def _service(request: Request, ready: Ready, name: str, choice: Choice) -> str:
     return kserve.text(kserve.inference_service(kserve.Service(
         name=kserve.service_name(name), storage_uri=request.storage_uri or "", cpu=cores,
         memory_bytes=choice.memory_bytes + capacity.SERVER_BYTES, gpus=0 if request.device == "cpu" else 1,
-        concurrency=choice.in_flight, max_replicas=request.max_replicas,
+        concurrency=choice.in_flight, min_replicas=request.min_replicas, max_replicas=request.max_replicas,
         hard_limit=None if request.max_latency_ms is None else choice.in_flight,
         runtime_version=request.triton_release and f"{request.triton_release}-py3",
         labels={"app.kubernetes.io/managed-by": "enginesmith", "enginesmith/precision": request.precision},

@@ -60,9 +60,9 @@ INTEGERS = {"int32": 31, "int64": 63}  # a format of the schema -> bits beside t
 class Service:
     """What is to run, in numbers that were measured. `cpu`, `memory_bytes` and `gpus` are of one replica, the server
     included. `concurrency`: requests in flight that one replica answers within the latency limit; a burst may exceed
-    it. `hard_limit`: more than these wait in front of the server, where Triton's queue timeout does not see them; None:
-    no limit but Triton's own queue. `min_replicas` 0 lets it scale to zero. `runtime_version`: the tag of Triton's
-    container; None: the cluster's, which need not be the release that a TensorRT plan was built for."""
+    it. `hard_limit`: more than these wait in front of the server; None: no limit but Triton's own queue.
+    `min_replicas` 0 lets it scale to zero. `runtime_version`: the tag of Triton's container; None: the cluster's, which
+    need not be the release that a TensorRT plan was built for."""
 
     name: str
     storage_uri: str
@@ -73,7 +73,6 @@ class Service:
     max_replicas: int = 8
     min_replicas: int = 1
     runtime_version: str | None = None
-    timeout_seconds: int | None = None
     hard_limit: int | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -101,8 +100,6 @@ def inference_service(service: Service) -> dict[str, Any]:
         "scaleMetric": "concurrency", "scaleTarget": service.concurrency}
     if service.hard_limit is not None:
         predictor["containerConcurrency"] = service.hard_limit
-    if service.timeout_seconds is not None:
-        predictor["timeout"] = service.timeout_seconds
     manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": _metadata(service),
                 "spec": {"predictor": {**predictor, "model": model}}}
     validate(manifest)
@@ -146,7 +143,7 @@ def _name(name: str) -> str:
 def _numbers(service: Service) -> None:
     """The rules of KServe's webhook for replicas, and numbers that have to be there at all."""
     least = {"cpu": 1, "memory_bytes": 1, "gpus": 0, "concurrency": 1, "min_replicas": 0,
-             "max_replicas": max(1, service.min_replicas), "timeout_seconds": 1, "hard_limit": service.concurrency}
+             "max_replicas": max(1, service.min_replicas), "hard_limit": service.concurrency}
     for name, low in least.items():
         value = getattr(service, name)
         if value is not None and value < low:

@@ -39,8 +39,9 @@ PYTRITON = "0.7.0"  # nvidia-pytriton, which carries tritonserver 2.51
 NUMPY = "1.26.4"  # with NumPy 2 this server's Python backend returns empty outputs
 START_SECONDS, EXIT_SECONDS = 120, 10
 REPOSITORY = "model_repository"
-CONTAINER = ("docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v DIR:/models "
-             "nvcr.io/nvidia/tritonserver:25.01-py3 tritonserver --model-repository=/models")
+CONTAINER = ("docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v DIR:/models nvcr.io/nvidia/"
+             "tritonserver:YY.MM-py3 tritonserver --model-repository=/models --model-control-mode=explicit "
+             "--load-model=*")
 Told = Callable[[str], None]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.runtime import TensorSpec, missing
+from engines.runtime import Profile, TensorSpec, missing
 from export.errors import UsageError
 
 try:
@@ -28,7 +28,7 @@ LABELS = "labels.txt"
 MODEL_FILES: Mapping[str, str] = MappingProxyType({"onnxruntime": "model.onnx", "tensorrt": "model.plan"})
 # the runtime of an engine -> (backend, name of the GPU execution accelerator inside of it)
 BACKENDS: Mapping[str, tuple[str, str]] = MappingProxyType({
-    "onnxruntime": ("onnxruntime", ""), "onnxruntime-tensorrt": ("onnxruntime", "tensorrt"),
+    "onnxruntime": ("onnxruntime", "cuda"), "onnxruntime-tensorrt": ("onnxruntime", "tensorrt"),
     "tensorrt": ("tensorrt", ""), "tensorrt-rtx": ("tensorrt", "")})
 TYPES: Mapping[str, str] = MappingProxyType({
     "bool": "TYPE_BOOL", "uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "uint32": "TYPE_UINT32",
@@ -69,7 +69,8 @@ class Served:
     batching: Batching
     labels: bool = False
     response_cache: bool = False
-    profiles: int = 1
+    profiles: tuple[Profile, ...] = (Profile(),)
+    workspace_bytes: int | None = None
 
 
 def config(served: Served) -> Any:
@@ -86,8 +87,9 @@ def config(served: Served) -> Any:
     made.version_policy.specific.versions.append(served.version)
     _instances(made, served)
     _threads(made, served, backend)
-    if accelerator:
-        made.optimization.execution_accelerators.gpu_execution_accelerator.add(name=accelerator)
+    if accelerator and served.device != "cpu":
+        settings = _cuda(served) if accelerator == "cuda" else _tensorrt(served)
+        made.optimization.execution_accelerators.gpu_execution_accelerator.add(name=accelerator, parameters=settings)
     if batched:
         _batching(made, served.batching)
     for batch in sorted({1, *served.batching.preferred, served.batching.max_batch} - {0} if batched else {0}):
@@ -108,8 +110,26 @@ def _instances(made: Any, served: Served) -> None:
     group = made.instance_group.add(count=served.batching.instances,
                                     kind=model_config_pb2.ModelInstanceGroup.KIND_GPU)
     group.gpus.append(int(number or 0))
-    if plan and served.profiles > 1:
-        group.profile.extend(str(i) for i in range(served.profiles))
+    if plan and len(served.profiles) > 1:
+        group.profile.extend(str(i) for i in range(len(served.profiles)))
+
+
+# what the engine was built and verified with, in the words of Triton's backend:
+# https://github.com/triton-inference-server/onnxruntime_backend#onnx-runtime-with-tensorrt-optimization
+def _cuda(served: Served) -> dict[str, str]:
+    return {"use_tf32": str(int(served.precision == "tf32"))}  # which ONNX Runtime does unless it is told not to
+
+
+def _tensorrt(served: Served) -> dict[str, str]:
+    found = {}
+    for bound, batch in (("min", min(p.min for p in served.profiles)), ("opt", served.profiles[0].opt),
+                         ("max", max(p.max for p in served.profiles))):
+        texts = [f"{s.name}:" + "x".join(str(n or batch) for n in s.shape) for s in served.inputs if None in s.shape]
+        if texts:
+            found[f"trt_profile_{bound}_shapes"] = ",".join(texts)
+    if served.workspace_bytes is not None:
+        found["max_workspace_size_bytes"] = str(served.workspace_bytes)
+    return found
 
 
 def _threads(made: Any, served: Served, backend: str) -> None:

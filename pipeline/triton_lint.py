@@ -191,7 +191,11 @@ def _plan(s: Subject) -> Iterator[Finding]:
         yield s.finding("backend", "a TensorRT-RTX plan", "a TensorRT plan, which is what Triton's tensorrt backend "
                         "was built for", "serve it by a backend that was built against TensorRT-RTX, or build with "
                         "--runtime tensorrt", "warning")
-    elif not key["options"]["version_compatible"]:
+    elif key["options"]["version_compatible"]:
+        yield s.finding("plan", "version compatible: it carries code of its own", "a server that was started with "
+                        "--backend-config=tensorrt,version-compatible=true", "start it so, if you trust the plan",
+                        "warning")
+    else:
         yield from _tensorrt(s, key["version"])
 
 
@@ -212,7 +216,7 @@ def _tensorrt(s: Subject, version: str) -> Iterator[Finding]:
         yield s.finding("plan", f"built by TensorRT {version}", f"{row.tensorrt}, that of Triton {row.container}",
                         f"build with TensorRT {row.tensorrt}, or with --version-compatible")
     built = s.receipt["key"].get("compute_capability")
-    if built and _pair(built) < _pair(row.compute_capability):
+    if built and row.compute_capability and _pair(built) < _pair(row.compute_capability):
         yield s.finding("plan", f"built for compute capability {built}", f"at least {row.compute_capability}, the "
                         f"least of Triton {row.container}", "serve it by an earlier release")
 

@@ -1,21 +1,12 @@
 """Releases of NVIDIA's Triton container (`nvcr.io/nvidia/tritonserver:<container>-py3`) and the TensorRT inside.
 
 Only releases of which a source gives the TensorRT of the `-py3` image are here: the table has gaps, and a release that
-is not in it may still exist. Read on 2026-11-25, in stored copies of:
+is not in it may still exist. Each row has its source, read in stored copies on 2026-11-25. Those of NVIDIA, or with
+the server's own message, are sure; those of other projects say what these run in the container.
 
-- TensorRT, CUDA and compute capability of 24.08, 24.10 and 25.01: Triton's own release notes as the repository held
-  them, https://github.com/triton-inference-server/server/blob/main/docs/introduction/release_notes.md (24.08 in
-  release_note.md beside it, commit 798e4f18). Later versions of that file only link to GitHub's release page.
-- TensorRT of 24.02: a maintainer's answer, https://github.com/triton-inference-server/server/issues/6959. Its CUDA and
-  compute capability: https://docs.nvidia.com/deeplearning/sdk/inference-release-notes/rel-24-02.html
-- server versions: 2.43.0 is 24.02 in https://docs.nvidia.com/deeplearning/triton-inference-server/release-notes; the
-  others follow from one minor version a month between 2.44.0, which is 24.03
-  (https://github.com/triton-inference-server/server/pull/6971), 2.50.0, which is 24.09 (a public README), and 2.56.0,
-  which is 25.03 (DEFAULT_TRITON_VERSION_MAP in build.py).
-
-https://github.com/triton-inference-server/server/blob/main/docs/introduction/compatibility.md is left out: it is of the
+Left out: https://github.com/triton-inference-server/server/blob/main/docs/introduction/compatibility.md is of the
 `-trtllm-python-py3` images, which have another TensorRT than the `-py3` image of the same month (24.10: 10.4.0, not
-10.5.0). The complete table, SUPPORT_MATRIX below, was not to be had.
+10.5.0; 26.05: 10.14.1, not 10.16.1). The complete table, SUPPORT_MATRIX below, was not to be had.
 """
 
 from __future__ import annotations
@@ -26,24 +17,34 @@ from dataclasses import dataclass
 from export.errors import UsageError
 
 SUPPORT_MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
+ISSUE = "https://github.com/triton-inference-server/server/issues/"
+NOTES = "https://github.com/triton-inference-server/server/blob/main/docs/introduction/release_notes.md as of "
+PROJECT = "https://github.com/davidamacey/OpenProcessor/blob/main/docs/"
 
 
 @dataclass(frozen=True)
 class Release:
-    """One `-py3` container. Versions are as precise as their source."""
+    """One `-py3` container. `compute_capability`: the lowest that it supports; empty: the source does not say."""
 
     container: str
-    server: str
     tensorrt: str
-    cuda: str
-    compute_capability: str  # the lowest that the release supports
+    compute_capability: str
+    source: str
 
 
 RELEASES: tuple[Release, ...] = (  # newest first
-    Release("25.01", "2.54.0", "10.8.0.43", "12.8.0.038", "7.5"),
-    Release("24.10", "2.51.0", "10.5.0.18", "12.6.2", "6.0"),
-    Release("24.08", "2.49.0", "10.3.0.26", "12.6", "6.0"),
-    Release("24.02", "2.43.0", "8.6.3", "12.3.2", "6.0"),
+    Release("26.08", "11.2.1", "", f"{PROJECT}research/dali_gpu_decode_lessons.md"),
+    Release("26.06", "11.1.0.106", "7.5", f"{PROJECT}MIGRATION_TRITON_26.md"),
+    Release("25.07", "10.11.0.33", "", "https://github.com/dvirbenor/audio-classification-playground, "
+                                       "optimization_research/TRITON_BACKFILL_FINDINGS.md"),
+    Release("25.01", "10.8.0.43", "7.5", f"{NOTES}25.01"),
+    Release("24.10", "10.5.0.18", "6.0", f"{NOTES}24.10"),
+    Release("24.08", "10.3.0.26", "6.0", f"{NOTES}24.08 (release_note.md)"),
+    Release("24.04", "8.6.3.1", "6.0", f"{ISSUE}7221"),
+    Release("24.03", "8.6.3.1", "6.0", f"{ISSUE}7221"),
+    Release("24.02", "8.6.3.1", "6.0", f"{ISSUE}6959, {ISSUE}7221"),
+    Release("23.05", "8.6.1.2", "6.0", f"{ISSUE}5975, https://github.com/NVIDIA/TensorRT/issues/3071"),
+    Release("23.04", "8.6.1.2", "6.0", f"{ISSUE}5812"),
 )
 
 

@@ -60,7 +60,8 @@ def translated(subject: str, option: str) -> Iterator[None]:
         if error.errno is None:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        where = f" ({error.filename})" if error.filename else ""
+        name = error.filename2 or error.filename  # of a copy, where to
+        where = f" ({name})" if name else ""
         raise WorkspaceError(subject, f"{os.strerror(error.errno)}{where}",
                              "free space" if full else "a folder that can be written",
                              f"free some space, or give another {option}" if full else f"give another {option}"

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from engines import model_file
 from engines.errors import BuildError, RuntimeUnavailable
 from engines.runtime import BuildRequest, Built, Options, Profile, backend
 from engines.trt_build import inspected
@@ -57,6 +58,16 @@ def test_profiles_and_targets(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"compute capability '13': unknown; expected .*86"):
         build(model, compute_capabilities=("13",))
     assert build(convolution(tmp_path / "fixed.onnx", batch=3), profiles=(Profile(3, 3, 3),))[0].layers
+
+
+@pytest.mark.parametrize(("batch", "first"), [(None, "batch"), (3, 3)])
+def test_a_build_says_what_the_plan_takes_and_gives(batch: int | None, first: str | int, tmp_path: Path) -> None:
+    source = convolution(tmp_path / "m.onnx", batch=batch)
+    specs = model_file.read(source)
+    details = build(source, profiles=(Profile(batch or 1, batch or 1, batch or 1),))[0].details
+    for kind, found in (("inputs", specs.inputs), ("outputs", specs.outputs)):
+        assert details[kind] == [
+            {"name": s.name, "dtype": "float32", "shape": [first, *s.shape[1:]]} for s in found]
 
 
 @pytest.mark.parametrize("options", [{"optimization_level": 1}, {"workspace_bytes": 64 << 20}])

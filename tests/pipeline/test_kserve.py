@@ -18,7 +18,7 @@ from pipeline import kserve
 from pipeline.kserve import Service
 
 CPU = Service("resnet-v2-50", "s3://models/resnet_v2_50", 4, 1_500_000_000, 0, 16)
-GPU = replace(CPU, storage_uri="pvc://models/resnet_v2_50", gpus=1, runtime_version="25.10-py3", timeout_seconds=30,
+GPU = replace(CPU, storage_uri="pvc://models/resnet_v2_50", gpus=1, runtime_version="25.10-py3",
               hard_limit=32, min_replicas=0, labels={"enginesmith/precision": "fp16"},
               annotations={"enginesmith/engine-sha256": "0" * 64})
 MODEL = ("spec", "predictor", "model")
@@ -48,7 +48,7 @@ def test_cpu() -> None:
         "modelFormat": {"name": "triton"}, "runtime": "kserve-tritonserver", "protocolVersion": "v2",
         "storageUri": "s3://models/resnet_v2_50",
         "resources": {"requests": {"cpu": "4", "memory": "1431Mi"}, "limits": {"cpu": "4", "memory": "1431Mi"}}}
-    assert "containerConcurrency" not in predictor and "timeout" not in predictor
+    assert "containerConcurrency" not in predictor
 
 
 def test_gpu() -> None:
@@ -57,7 +57,7 @@ def test_gpu() -> None:
     for kind in ("requests", "limits"):
         assert predictor["model"]["resources"][kind]["nvidia.com/gpu"] == "1"
     assert predictor["model"]["runtimeVersion"] == "25.10-py3"
-    assert (predictor["timeout"], predictor["containerConcurrency"], predictor["minReplicas"]) == (30, 32, 0)
+    assert (predictor["containerConcurrency"], predictor["minReplicas"]) == (32, 0)
     assert manifest["metadata"]["labels"] == {"enginesmith/precision": "fp16"}
     assert manifest["metadata"]["annotations"] == {"enginesmith/engine-sha256": "0" * 64}
 
@@ -101,7 +101,7 @@ def test_refused(path: tuple[str, ...], value: Any, told: list[str]) -> None:
     ({"cpu": 0}, "cpu"), ({"memory_bytes": 0}, "memory_bytes"), ({"gpus": -1}, "gpus"), ({"concurrency": 0}, "concurr"),
     ({"min_replicas": -1}, "min_replicas"), ({"max_replicas": 0}, "max_replicas"),
     ({"min_replicas": 3, "max_replicas": 2}, "max_replicas"), ({"hard_limit": 15}, "hard_limit"),
-    ({"timeout_seconds": 0}, "timeout_seconds"), ({"runtime_version": "25.10 py3"}, "runtime version"),
+    ({"runtime_version": "25.10 py3"}, "runtime version"),
     ({"name": "resnet_v2_50"}, "service name"), ({"name": "a" * 54}, "53"), ({"name": "resnet\n"}, "service name"),
     ({"labels": {"sha": "0" * 64}}, "annotation"), ({"labels": {"-a": "b"}}, "label '-a'"),
     ({"annotations": {"A.B/c": "d"}}, "annotation 'A.B/c'"), ({"annotations": {"a": "b" * 2**18}}, "bytes"),

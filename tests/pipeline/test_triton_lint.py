@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from engines.runtime import Profile, TensorSpec
 from export.errors import CheckFailed, UsageError
 from pipeline import deploy, kserve, model_repository, triton_config, triton_lint
 from pipeline.triton_config import model_config_pb2
@@ -118,14 +120,46 @@ def test_a_plan_and_the_tensorrt_of_the_server(plan: Path, tmp_path: Path, targe
     assert found(folder, target).get("plan") == level
 
 
+def test_a_version_compatible_plan_needs_a_flag_of_the_server(plan: Path, tmp_path: Path) -> None:
+    folder = spoiled(plan, tmp_path, lambda c: None)
+    described = json.loads((folder / "1/deployment.json").read_bytes())
+    described["engine"]["key"] |= {"runtime": "tensorrt", "version": "10.8.0.43"}
+    described["engine"]["key"]["options"]["version_compatible"] = True
+    (folder / "1/deployment.json").write_text(json.dumps(described))
+    (finding,) = (f for f in triton_lint.lint(folder, 1, Target(True, "24.10")) if f.field == "plan")
+    assert finding.level == "warning" and "version-compatible=true" in finding.expected
+
+
+def test_a_latency_limit_that_cannot_be_measured(plan: Path) -> None:
+    request = deploy.Request(str(plan.parents[2] / "small.onnx"), plan.parents[2], runtime="tensorrt-rtx",
+                             max_latency_ms=5)
+    with pytest.raises(UsageError, match="was not measured, as it does not run here"):
+        deploy.deploy(request)
+
+
+@pytest.mark.parametrize(("runtime", "precision", "name", "parameters"), [
+    ("onnxruntime", "fp32", "cuda", {"use_tf32": "0"}), ("onnxruntime", "tf32", "cuda", {"use_tf32": "1"}),
+    ("onnxruntime-tensorrt", "fp16", "tensorrt", {
+        "trt_profile_min_shapes": "images:1x224x224x3", "trt_profile_opt_shapes": "images:8x224x224x3",
+        "trt_profile_max_shapes": "images:32x224x224x3", "max_workspace_size_bytes": "1024"})])
+def test_on_a_gpu_the_accelerator_gets_what_the_engine_was_built_with(
+        runtime: str, precision: str, name: str, parameters: dict[str, str]) -> None:
+    images, logits = (TensorSpec(n, np.dtype("float32"), s) for n, s in (("images", (None, 224, 224, 3)),
+                                                                         ("logits", (None, 10))))
+    asked = triton_config.Served("net", 1, runtime, precision, "cuda:1", "", (images,), (logits,),
+                                 triton_config.Batching(32), profiles=(Profile(1, 8, 32),), workspace_bytes=1024)
+    config = triton_config.config(asked)
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == (name, parameters)
+    assert [list(group.gpus) for group in config.instance_group] == [[1]]
+
+
 def test_for_a_cluster(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path) -> None:
     request, _ = deployed
     asked = {"server": "kserve", "storage_uri": "s3://models/small"}
     made = deploy.deploy(deploy.Request(request.model, request.out, tmp_path / "models", **asked))  # type: ignore[arg-type]
     assert made.service == tmp_path / kserve.FILE
-    manifest = json.loads(made.service.read_bytes())
-    kserve.validate(manifest)
-    predictor = manifest["spec"]["predictor"]
+    predictor = json.loads(made.service.read_bytes())["spec"]["predictor"]
     assert predictor["scaleTarget"] >= 2 and predictor["model"]["storageUri"] == "s3://models/small"
     assert model_repository.live(tmp_path / "models/small") == 1
 

@@ -15,7 +15,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def test_rows_run_from_the_newest_and_no_release_is_there_twice() -> None:
-    for column in ("container", "server", "tensorrt", "cuda"):
+    for column in ("container", "tensorrt"):
         versions = [numbers(getattr(row, column)) for row in RELEASES]
         assert versions == sorted(versions, reverse=True), column
     assert len({row.container for row in RELEASES}) == len(RELEASES)
@@ -24,10 +24,9 @@ def test_rows_run_from_the_newest_and_no_release_is_there_twice() -> None:
 @pytest.mark.parametrize("row", RELEASES, ids=lambda row: row.container)
 def test_versions_have_the_shape_of_their_kind(row) -> None:
     assert re.fullmatch(r"\d\d\.(0[1-9]|1[0-2])", row.container)
-    assert re.fullmatch(r"2\.\d+\.\d+", row.server)
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", row.tensorrt)
-    assert re.fullmatch(r"\d+\.\d+(\.\d+){0,2}", row.cuda)
-    assert re.fullmatch(r"\d+\.\d", row.compute_capability)
+    assert re.fullmatch(r"(\d+\.\d)?", row.compute_capability)
+    assert row.source.startswith("https://")
 
 
 def test_a_release_is_found_by_its_container() -> None:
@@ -48,7 +47,11 @@ def test_tensorrt_is_compared_by_its_first_three_numbers(version: str) -> None:
 
 
 def test_a_row_without_a_build_number_is_found_with_one() -> None:
-    assert [row.container for row in for_tensorrt("8.6.3.1")] == ["24.02"]
+    assert [row.container for row in for_tensorrt("11.2.1.2")] == ["26.08"]
+
+
+def test_several_releases_may_have_the_same() -> None:
+    assert [row.container for row in for_tensorrt("8.6.3")] == ["24.04", "24.03", "24.02"]
 
 
 @pytest.mark.parametrize("version", ["10.8.1", "10.80.0", "10.8.01234", "7.0.0"])
