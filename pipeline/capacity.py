@@ -34,7 +34,7 @@ WORTH = 1.2  # more instances have to bring this much, since a lone request then
 WAIT = 0.05  # a lone request waits for others at most this share of its time
 SERVER_BYTES = 512 << 20  # of tritonserver beside its models: 70 MB of its own, room for requests on their way
 AHEAD = 2  # batches that a request finds at worst: one runs, one is put together
-WAY = 0.1  # of a latency limit, left for the way to the server and back
+WAY = 0.2  # of a latency limit, left for the server and the way to it; its clients may run on the same cores
 MEMORY = 0.5  # of the machine's, for all instances together
 
 

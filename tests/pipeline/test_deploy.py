@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
-from pipeline import capacity, deploy, model_repository, serve, served, triton_config, triton_lint, workspace
+from pipeline import capacity, deploy, model_repository, serve, served, triton_config, triton_lint, verify, workspace
 from pipeline.capacity import Curve, Point
 from tests.pipeline.servers import asked, free_ports, small
 
@@ -235,6 +235,12 @@ def _hang_up(listening: socket.socket) -> None:
                 one.recv(16)
 
 
+def test_what_is_no_number_is_further_than_any() -> None:
+    right = np.ones((1, 2), np.float32)
+    rows = [verify.compare("y", 1, found, right) for found in (right, right * np.nan, right * 2)]
+    assert verify.furthest(rows) is rows[1]
+
+
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
     with pytest.raises(ServerError, match=r"Connection refused.*pipeline\.serve DIR starts one"):
         deploy.check(deploy.CheckRequest(deployed[0].model, deployed[0].out, None, "http://127.0.0.1:9"))
@@ -252,12 +258,12 @@ CURVE = Curve("", "", tuple(Point(b, 1, 2, ms * 1e6, ms * 1e6, b / ms * 1e3, 1) 
 
 
 def test_the_limit_decides_the_batch() -> None:
-    free, held = capacity.choose(CURVE, None, 1 << 30), capacity.choose(CURVE, 40, 1 << 30)
+    free, held = capacity.choose(CURVE, None, 1 << 30), capacity.choose(CURVE, 46, 1 << 30)
     assert (free.batching.max_batch, free.batching.preferred, free.in_flight) == (16, (4,), 8)
     assert (held.batching.max_batch, held.batching.preferred) == (2, (2,))  # three times 12 ms, and not three times 16
-    assert held.in_flight == 6  # three batches of 2 in 36 of 40 ms
-    assert capacity.choose(CURVE, 150, 1 << 30).in_flight == 8 * 4  # of 31 ms
-    assert capacity.choose(CURVE, 12, 1 << 30).batching.max_batch == 1
+    assert held.in_flight == 6  # three batches of 2 in 36.8 of 46 ms
+    assert capacity.choose(CURVE, 150, 1 << 30).in_flight == 8 * 3  # of 31 ms
+    assert capacity.choose(CURVE, 13, 1 << 30).batching.max_batch == 1
     with pytest.raises(UsageError, match="a lone request takes"):
         capacity.choose(CURVE, 9, 1 << 30)
 
@@ -267,8 +273,8 @@ def test_requests_of_a_fixed_batch_run_one_after_another() -> None:
     curve = Curve("", "", (one, Point(4, 2, 1, 25e6, 25e6, 320.0, 1)))
     free, held = (capacity.choose(curve, limit, 1 << 30, batched=False) for limit in (None, 100))
     assert free.batching == triton_config.Batching(0, instances=2, threads=1)
-    assert (free.in_flight, held.in_flight) == (4, 6)  # three rounds of 25 ms in 90 of 100 ms
-    assert capacity.choose(curve, 23, 1 << 30, batched=False).batching.instances == 1  # 25 ms hold it no more
+    assert (free.in_flight, held.in_flight) == (4, 6)  # three rounds of 25 ms in 80 of 100 ms
+    assert capacity.choose(curve, 26, 1 << 30, batched=False).batching.instances == 1  # 25 ms hold it no more
     with pytest.raises(UsageError, match="a lone request takes"):
         capacity.choose(curve, 20, 1 << 30, batched=False)
 
