@@ -365,7 +365,10 @@ def _put(repository: Repository, staged: Path, at: Endpoint | None, progress: Pr
         return
     progress("reload the server")
     folder = repository.folder / name
-    refused = _refused(at, name, version, known) or _wrong(at, name, folder / str(version))
+    try:
+        refused = _refused(at, name, version, known) or _wrong(at, name, folder / str(version))
+    except ServerError as error:
+        refused = str(error)
     if refused is None:
         return
     earlier = [int(path.parent.name) for path in model_repository.configurations(folder)[1:]]
@@ -393,13 +396,11 @@ def _refused(at: Endpoint, name: str, version: int, known: Mapping[int, tuple[st
 
 
 def _wrong(at: Endpoint, name: str, version: Path) -> str | None:
-    """What is wrong with the numbers of a version that was just loaded, if it carries a reference."""
+    """What is wrong with the numbers of a version that was just loaded, if it carries a reference. Raises
+    ServerError."""
     if not (version / PROOF).exists():
         return None
-    try:
-        error, limit = served.proof(at, name, version, served.TIMEOUT_SECONDS)
-    except ServerError as failed:
-        return str(failed)
+    error, limit = served.proof(at, name, version, served.TIMEOUT_SECONDS)
     return None if error <= limit else f"relative L2 error {error:.1e} to its reference, limit {limit:.0e}"
 
 

@@ -116,13 +116,13 @@ class Repository:
         workspace.flush_folder(folder)
 
     def drop(self, name: str, version: int) -> None:
-        """Takes a version out that is not live; the model with it, if no other version is there."""
+        """Takes a version out; the model with it, if it was live, or no other is there."""
         folder = self.folder / name
-        if versions(folder) == [version]:
-            (folder / CONFIG).unlink()  # from here on it counts for nothing
+        if live(folder) == version:
+            (folder / CONFIG).unlink()  # from here on the model counts for nothing
+        shutil.rmtree(folder / str(version))
+        if not versions(folder):
             shutil.rmtree(folder)
-        else:
-            shutil.rmtree(folder / str(version))
 
 
 def models(repository: Path) -> tuple[str, ...]:

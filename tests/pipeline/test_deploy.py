@@ -259,7 +259,7 @@ CURVE = Curve("", "", tuple(Point(b, 1, 2, ms * 1e6, ms * 1e6, b / ms * 1e3, 1) 
 
 def test_the_limit_decides_the_batch() -> None:
     free, held = capacity.choose(CURVE, None, 1 << 30), capacity.choose(CURVE, 46, 1 << 30)
-    assert (free.batching.max_batch, free.batching.preferred, free.in_flight) == (16, (4,), 8)
+    assert (free.batching.max_batch, free.batching.preferred, free.in_flight) == (16, (8,), 16)
     assert (held.batching.max_batch, held.batching.preferred) == (2, (2,))  # three times 12 ms, and not three times 16
     assert held.in_flight == 6  # three batches of 2 in 36.8 of 46 ms
     assert capacity.choose(CURVE, 150, 1 << 30).in_flight == 8 * 3  # of 31 ms

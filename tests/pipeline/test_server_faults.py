@@ -410,8 +410,10 @@ def test_at_sigterm_requests_in_flight_are_answered_and_nothing_is_left(slow: Pa
     assert made.said("stopping") and made.lines[-1].strip() == "stopped"
 
 
-def test_ctrl_c_stops_it_and_nothing_is_left(deployed: Deployed) -> None:
-    with command(deployed[1].repository) as made:
+def test_what_is_deployed_is_followed_at_once_and_ctrl_c_leaves_nothing(deployed: Deployed) -> None:
+    with command(deployed[1].repository, "--health-seconds", "600") as made:
+        version = deploy.deploy(deployed[0]).models["small"]
+        eventually(lambda: made.said(f"small: version {version} answers"), "the new version is served")
         family = made.family()
         assert made.shared()
         made.process.send_signal(signal.SIGINT)
