@@ -265,7 +265,7 @@ class Server:
             f"--exit-timeout-secs={EXIT_SECONDS}", "--model-control-mode=explicit", "--disable-auto-complete-config",
             # strict, a server stays unready for ever after a version that it refused, though the earlier one serves
             "--strict-readiness=false", "--exit-on-error=false", *(f"--load-model={name}" for name in names),
-            *(["--cache-config=local,size=268435456"] if cached else []),
+            *(["--cache-config=local,size=268435456"] if own or cached else []),  # a later version may want it
             *(["--allow-gpu-metrics=false",
                f"--backend-config=python,shm-region-prefix-name={self._prefix}"] if own else [])]
 

@@ -241,6 +241,18 @@ def test_what_is_no_number_is_further_than_any() -> None:
     assert verify.furthest(rows) is rows[1]
 
 
+def test_a_response_cache_that_comes_with_a_later_version(deployed: tuple[deploy.Request, deploy.Result],
+                                                           server: serve.Server) -> None:
+    version = deploy.deploy(replace(deployed[0], response_cache=True)).models["small"]
+    server.watch()
+    deploy.check(asked(deployed[0], server)).require()
+    deploy.check(asked(deployed[0], server)).require()
+    (counted,) = (one for one in server.endpoint.statistics("small") if one["version"] == str(version))
+    assert int(counted["inference_stats"]["cache_hit"]["count"]) > 0
+    deploy.rollback(deployed[0])
+    server.watch()
+
+
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
     with pytest.raises(ServerError, match=r"Connection refused.*pipeline\.serve DIR starts one"):
         deploy.check(deploy.CheckRequest(deployed[0].model, deployed[0].out, None, "http://127.0.0.1:9"))
