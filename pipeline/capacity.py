@@ -1,10 +1,11 @@
 """How many requests an engine should take together, and how many instances of it should run: measured, then chosen.
 
-The curve is throughput and latency of every batch size, for one instance with all cores and for one instance a core.
-With dynamic batching a request waits, at worst, for the batch that runs and the one that Triton has put together behind
-it: its latency is at most the queue delay and three times that of a batch, and more by a batch for each that fills the
-queue. So a limit holds up to a number of requests in flight, which the choice says and what is in front of the server
-has to keep (KServe's containerConcurrency does): Triton's own queue policies are not fit for it, see Batching.
+The curve is throughput and latency of every batch size, for one instance with all cores, for one instance a core, and
+for as many instances as each has cores. With dynamic batching a request waits, at worst, for the batch that runs and
+the one that Triton has put together behind it: its latency is at most the queue delay and three times that of a batch,
+and more by a batch for each that fills the queue. So a limit holds up to a number of requests in flight, which the
+choice says and what is in front of the server has to keep (KServe's containerConcurrency does): Triton's own queue
+policies are not fit for it, see Batching.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import contextlib
 import json
 import platform
 from dataclasses import asdict, dataclass, replace
+from math import isqrt
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import psutil
 
 from engines.receipt import Receipt
 from engines.runtime import BuildRequest
@@ -87,10 +88,12 @@ def measured(wish: BuildRequest, path: Path, made: Receipt, reference: verify.Ca
             return curve
     smallest, largest = min(p.min for p in wish.profiles), max(p.max for p in wish.profiles)
     batches = sorted({b for b in BATCHES if smallest <= b <= largest} | {largest})
-    cores = psutil.cpu_count(logical=False) or 1
-    counts = ((1, made.key["options"]["threads"] or cores), (cores, 1)) if wish.device == "cpu" else ((1, 0), (2, 0))
+    cores = environment.usable_cores()
+    counts = {1: made.key["options"]["threads"] or cores} if wish.device == "cpu" else {1: 0, 2: 0}
+    if wish.device == "cpu":
+        counts |= {n: cores // n for n in (isqrt(cores), cores) if n > 1}
     points = []
-    for instances, threads in dict.fromkeys(counts):
+    for instances, threads in counts.items():
         progress(f"throughput of {instances} instance{'s' if instances > 1 else ''}")
         points += _points(wish, path, reference, instances, threads, batches)
     curve = Curve(made.sha256, platform.node(), tuple(points))
@@ -199,8 +202,6 @@ def unmeasured(profiles: int, preferred: tuple[int, ...], batched: bool) -> Choi
 
 def machine_memory(device: str) -> int:
     """Bytes of the machine or of the GPU."""
-    if device == "cpu":
-        return int(psutil.virtual_memory().total)
-    return int(environment.gpu_memory(device))
+    return environment.usable_memory() if device == "cpu" else environment.gpu_memory(device)
 
 

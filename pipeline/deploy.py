@@ -17,7 +17,6 @@ from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
-import psutil
 
 from engines import model_file
 from engines import receipt as receipts
@@ -29,6 +28,7 @@ from pipeline import (
     artifact,
     build,
     capacity,
+    environment,
     kserve,
     load_record,
     model_repository,
@@ -305,7 +305,7 @@ def _service(request: Request, ready: Ready, name: str, choice: Choice) -> str:
                          "throughput and memory, which a replica is asked for by",
                          "deploy it with --server kserve on a machine that runs it")
     batching = choice.batching
-    cores = batching.instances * batching.threads if request.device == "cpu" else psutil.cpu_count(logical=False) or 1
+    cores = batching.instances * batching.threads if request.device == "cpu" else environment.usable_cores()
     return kserve.text(kserve.inference_service(kserve.Service(
         name=kserve.service_name(name), storage_uri=request.storage_uri or "", cpu=cores,
         memory_bytes=choice.memory_bytes + capacity.SERVER_BYTES, gpus=0 if request.device == "cpu" else 1,

@@ -20,6 +20,8 @@ from engines.machine import cpu_name
 from pipeline.record import Environment
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+# of the container; https://docs.kernel.org/admin-guide/cgroup-v2.html
+QUOTA, MEMORY_LIMIT = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
 PACKAGES = ("enginesmith", "numpy", "tensorflow-cpu", "tensorflow", "keras", "onnx", "onnxruntime", "onnxruntime-gpu",
             "openvino", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-python")
 VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_XLA_FLAGS", "TF_ENABLE_ONEDNN_OPTS", "MKL_NUM_THREADS",
@@ -41,6 +43,25 @@ def capture(device: str) -> Environment:
         frequency_mhz=float(frequency.current) if frequency and frequency.current else None, load_before=round(load, 3),
         versions=_versions(), variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         gpu=gpu_state(device))
+
+
+def usable_cores() -> int:
+    """Physical cores, less those that the affinity of this process or the quota of its container leave out."""
+    found = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):
+        found = min(found, len(os.sched_getaffinity(0)))
+    with suppress(OSError, ValueError):  # no such file, or `max`
+        quota, period = map(int, QUOTA.read_text("utf-8").split())
+        found = min(found, max(1, quota // period))
+    return found
+
+
+def usable_memory() -> int:
+    """Bytes of the machine, or of the container where those are fewer."""
+    found = int(psutil.virtual_memory().total)
+    with suppress(OSError, ValueError):
+        found = min(found, int(MEMORY_LIMIT.read_text("utf-8")))
+    return found
 
 
 def command() -> str:

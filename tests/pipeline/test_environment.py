@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,6 +26,29 @@ def test_the_machine_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.versions["numpy"].count(".") == 2
     assert found.variables["OMP_NUM_THREADS"] == "3"
     assert found.gpu == {}
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None),
+                                              (None, None)])
+def test_cores_of_a_container(quota: str | None, cores: int | None, tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(environment, "QUOTA", tmp_path / "cpu.max")
+    every = os.sched_getaffinity(0)
+    assert environment.usable_cores() == (cores or min(len(every), psutil.cpu_count(logical=False) or 1))
+    try:
+        os.sched_setaffinity(0, {min(every)})
+        assert environment.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+@pytest.mark.parametrize(("limit", "found"), [("1048576", 1 << 20), ("max", None)])
+def test_memory_of_a_container(limit: str, found: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    monkeypatch.setattr(environment, "MEMORY_LIMIT", tmp_path / "memory.max")
+    assert environment.usable_memory() == (found or psutil.virtual_memory().total)
 
 
 def test_load_of_others_is_told_from_ours() -> None:
