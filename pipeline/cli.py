@@ -317,7 +317,7 @@ def deploy(
     load: Annotated[bool, typer.Option("--load", help="With --check: measure it under load.")] = False,
     clients: Annotated[str, typer.Option(metavar="N,...", help="Concurrent clients of --load.")] = "1,2,4,8,16,32,64",
     transport: Annotated[list[str] | None, typer.Option(
-        metavar="NAME", help="grpc, http, shared-memory; of --load; repeatable. Default: all.")] = None,
+        metavar="NAME", help="grpc, http, shared-memory; of --check and --load; repeatable. Default: all.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each number of clients.")] = 3.0,
     grpc_port: Annotated[int | None, typer.Option(help="Of the server. Default: that of its URL and 1.")] = None,
     max_error: Annotated[float | None, typer.Option(

@@ -483,7 +483,7 @@ def check(request: CheckRequest, progress: Progress = lambda step: None) -> Chec
     name, at = request.name or manifest["name"], served.endpoint(request.url, request.grpc_port)
     config = at.configuration(name)
     limit = served.limit_of(config) if request.max_error is None else request.max_error
-    wire = [one for one in served.CHECKED if not request.transports or one in request.transports]
+    wire = sorted({"grpc" if one == "shared-memory" else one for one in request.transports or served.TRANSPORTS})
     rows = served.check(at, config, cases, limit, wire, progress)
     if manifest.get("preprocess", "none") != "none" and config.max_batch_size:
         rows += served.check(at, at.configuration(f"{name}{IMAGE}"), cases, limit, wire, progress)

@@ -43,7 +43,6 @@ except ImportError as error:
     raise missing("tritonclient", "deploy") from error
 
 TRANSPORTS = ("grpc", "http", "shared-memory")
-CHECKED = ("http", "grpc")
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 TIMEOUT_SECONDS = 60.0
 LOAD_SECONDS = 900.0  # ONNX Runtime's TensorRT provider builds its engine while a model is loaded
