@@ -8,6 +8,7 @@
     ├── PrecisionError        an engine whose compute layers are not in the precision asked for
     ├── StaleEngine           an engine file that does not belong to its receipt, or to this machine
     ├── ServerError           an inference server that does not start, does not answer, or refuses
+    │   └── ServerTimeout     one that does not answer in time: it may be busy
     └── VerifyFailed          the engine runs, and its outputs are not the reference's
 
 The text is one line: subject, what was found, what was expected, what to do. (engines/ knows nothing of export/, so
@@ -53,6 +54,10 @@ class StaleEngine(EngineError):
 
 class ServerError(EngineError):
     """An inference server that does not start, does not answer, or refuses."""
+
+
+class ServerTimeout(ServerError):
+    """An inference server that does not answer in time."""
 
 
 class VerifyFailed(EngineError):

@@ -20,7 +20,18 @@ import onnx
 
 from engines.errors import BuildError, PrecisionError, RuntimeUnavailable
 from engines.machine import cpu_name
-from engines.runtime import BuildRequest, Built, Closing, Feeds, HostBuffers, Identity, TensorSpec, check_feeds, missing
+from engines.runtime import (
+    BuildRequest,
+    Built,
+    Closing,
+    Feeds,
+    HostBuffers,
+    Identity,
+    TensorSpec,
+    check_feeds,
+    missing,
+    profile_shapes,
+)
 
 try:
     import onnxruntime
@@ -145,23 +156,17 @@ def _settings(request: BuildRequest) -> dict[str, str]:
     if request.runtime == "onnxruntime":
         return {"device_id": index, "use_tf32": str(int(request.precision == "tf32"))}
     prefix = CONTEXT_PROVIDERS[request.runtime]
-    profiles, shapes = request.profiles, _input_shapes(request.model)
     found = {"device_id": index} if prefix == "trt" else {}
-    for bound, batch in (("min", min(p.min for p in profiles)), ("opt", profiles[0].opt),
-                         ("max", max(p.max for p in profiles))):
-        texts = [f"{name}:" + "x".join(str(n or batch) for n in shape) for name, shape in shapes.items()]
-        if texts:
-            found[f"{prefix}_profile_{bound}_shapes"] = ",".join(texts)
+    for bound, shapes in profile_shapes(request.profiles, _input_shapes(request.model)).items():
+        found[f"{prefix}_profile_{bound}_shapes"] = shapes
     if request.options.workspace_bytes is not None:
         found[f"{prefix}_max_workspace_size"] = str(request.options.workspace_bytes)
     return found
 
 
-def _input_shapes(model: Path) -> dict[str, list[int]]:
-    """Inputs whose batch is open, with 0 for what is open."""
+def _input_shapes(model: Path) -> dict[str, tuple[int | None, ...]]:
     graph = onnx.load(model, load_external_data=False).graph
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
-    return {name: shape for name, shape in shapes.items() if 0 in shape}
+    return {v.name: tuple(d.dim_value or None for d in v.type.tensor_type.shape.dim) for v in graph.input}
 
 
 def _session(request: BuildRequest, path: Path, options: Any) -> Any:

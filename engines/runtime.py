@@ -106,6 +106,15 @@ class Built:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+def profile_shapes(profiles: tuple[Profile, ...], shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, str]:
+    """`min`, `opt` and `max` -> `name:1x224x224x3,...` of the inputs whose batch is open (None), as ONNX Runtime's
+    TensorRT providers take them; empty if none is."""
+    fed = {name: shape for name, shape in shapes.items() if None in shape}
+    batches = {"min": min(p.min for p in profiles), "opt": profiles[0].opt, "max": max(p.max for p in profiles)}
+    return {bound: ",".join(f"{name}:" + "x".join(str(n or batch) for n in shape) for name, shape in fed.items())
+            for bound, batch in batches.items() if fed}
+
+
 class Prepared(Protocol):
     """The same shapes again and again, without an allocation: write into `inputs`, call, read `outputs`."""
 

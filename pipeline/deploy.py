@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -118,7 +120,7 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
     ready = _ready(request, progress)
     choice = _chosen(request, ready, progress)
     name = request.name or ready.manifest["name"]
-    where = request.repository or ready.folder / REPOSITORY
+    where = (request.repository or ready.folder / REPOSITORY).resolve()
     at = None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
     service = _service(request, ready, name, choice) if request.server == "kserve" else None
     with model_repository.opened(where) as repository:
@@ -131,11 +133,7 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
         _accept(findings)
         before, after = _beside(repository, ready, config)
         manifest = None if service is None else repository.stage_text(kserve.FILE, service)
-        for one in before:
-            _put(repository, one, at)
-        _put(repository, staged, at, progress)
-        for one in after:
-            _put(repository, one, at)
+        _put(repository, (*before, staged, *after), at, progress)
         if manifest is not None:
             manifest = manifest.replace(where.with_name(kserve.FILE))
         live = {one: model_repository.live(where / one) or 0 for one in (name, f"{name}{RESIZE}", f"{name}{IMAGE}")
@@ -154,8 +152,9 @@ def _check(request: Request) -> None:
         served.endpoint(request.reload, request.grpc_port)
     if request.triton_release is not None:
         triton_releases.find(request.triton_release)
-    if request.name is not None and not request.name.replace("_", "a").replace("-", "a").replace(".", "a").isalnum():
-        raise UsageError(f"name {request.name!r}", "not a name of a model", "letters, digits, _, - and .")
+    if request.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", request.name):
+        raise UsageError(f"name {request.name!r}", "not a name of a model", "letters, digits, _, - and ., the first a "
+                         "letter or digit")
     if request.labels is not None and not request.labels.is_file():
         raise UsageError(f"labels {request.labels}", "no such file", "a file with a line for each class")
 
@@ -332,6 +331,7 @@ def _beside(repository: Repository, ready: Ready, config: Any) -> tuple[list[Pat
     resized = TensorSpec(f"{spec.name}_resized", spec.dtype, spec.shape)
     resizing = triton_config.config(Served(f"{name}{RESIZE}", 1, "onnxruntime", "fp32", "cpu", "", (image,), (resized,),
                                            triton_config.Batching(RESIZED_AT_ONCE, threads=1)))
+    del resizing.model_warmup[1:]  # of the many that it may take
     whole = triton_config.ensemble(f"{name}{IMAGE}", 1, (resizing, config))
     live = repository.folder / whole.name / triton_config.CONFIG
     shrinks = live.exists() and triton_config.read(live).max_batch_size > whole.max_batch_size
@@ -355,29 +355,48 @@ def _changed(repository: Repository, made: Any, write: Callable[[Path], object])
 
 # --- a server that runs ----------------------------------------------------------------------------------------
 
-def _put(repository: Repository, staged: Path, at: Endpoint | None, progress: Progress = lambda step: None) -> None:
-    """Makes a staged version live. A server `at` that refuses it, or answers wrongly then, goes on with the one before,
-    and the repository is as it was. Raises ServerError."""
-    name, version = staged.name, next(int(path.name) for path in staged.iterdir() if path.is_dir())
+def _put(repository: Repository, staged: tuple[Path, ...], at: Endpoint | None, progress: Progress) -> None:
+    """Makes staged versions live. What a server `at` refuses, or answers wrongly then, is taken out again, with all
+    that came before it. Raises ServerError."""
+    done: list[tuple[str, int]] = []
+    try:
+        for one in staged:
+            name, version = one.name, next(int(path.name) for path in one.iterdir() if path.is_dir())
+            done.append((name, version))
+            _change(repository, at, name, version, partial(repository.put, one), progress)
+    except BaseException:  # Ctrl-C too
+        for name, version in reversed(done):
+            _take_back(repository, name, version, at)
+        raise
+
+
+def _take_back(repository: Repository, name: str, version: int, at: Endpoint | None) -> None:
+    """Makes the version before live again."""
+    folder = repository.folder / name
+    if not (folder / str(version)).exists():  # it did not come to that
+        return
+    if model_repository.live(folder) == version:
+        for copy in model_repository.configurations(folder)[1:2]:
+            repository.revert(name, int(copy.parent.name))
+    repository.drop(name, version)
+    if at is not None and folder.exists():
+        at.load(name)
+    elif at is not None:
+        at.unload(name)
+
+
+def _change(repository: Repository, at: Endpoint | None, name: str, version: int, change: Callable[[], object],
+            progress: Progress) -> None:
+    """Has `change` make a version live, and sees that a server `at` serves it. Raises ServerError."""
     known = {} if at is None else at.states(name)
-    repository.put(staged)
+    change()
     if at is None:
         return
-    progress("reload the server")
-    folder = repository.folder / name
-    try:
-        refused = _refused(at, name, version, known) or _wrong(at, name, folder / str(version))
-    except ServerError as error:
-        refused = str(error)
-    if refused is None:
-        return
-    earlier = [int(path.parent.name) for path in model_repository.configurations(folder)[1:]]
-    if earlier:
-        repository.revert(name, earlier[0])
-        at.load(name)
-    repository.drop(name, version)
-    raise ServerError(f"model {name}", refused, "a version that loads and answers rightly",
-                      f"version {earlier[0]} goes on serving" if earlier else "the model is not served")
+    progress(f"reload {name}")
+    refused = _refused(at, name, version, known) or _wrong(at, name, repository.folder / name / str(version))
+    if refused is not None:
+        raise ServerError(f"model {name}", refused, "a version that loads and answers rightly",
+                          "the repository is as it was")
 
 
 def _refused(at: Endpoint, name: str, version: int, known: Mapping[int, tuple[str, str]]) -> str | None:
@@ -400,7 +419,10 @@ def _wrong(at: Endpoint, name: str, version: Path) -> str | None:
     ServerError."""
     if not (version / PROOF).exists():
         return None
-    error, limit = served.proof(at, name, version, served.TIMEOUT_SECONDS)
+    try:
+        error, limit = served.proof(at, name, version, served.TIMEOUT_SECONDS)
+    except VerifyFailed as failed:
+        return str(failed)
     return None if error <= limit else f"relative L2 error {error:.1e} to its reference, limit {limit:.0e}"
 
 
@@ -416,14 +438,18 @@ def rollback(request: Request) -> Result:
         was, now = model_repository.live(where / name), model_repository.earlier(where / name, request.version)
         then = triton_config.read(where / name / str(now) / triton_config.CONFIG)
         image = _ensemble_within(where / f"{name}{IMAGE}", then.max_batch_size)
-        if image is not None:
-            repository.revert(f"{name}{IMAGE}", image)
-        known = {} if at is None else at.states(name)
-        repository.revert(name, now)
-        refused = None if at is None else _refused(at, name, now, known)
-        if refused is not None:
-            repository.revert(name, was or now)
-            raise ServerError(f"model {name}", refused, "a version that loads", f"version {was} goes on serving")
+        changes = [(name, now)] if image is None else [(f"{name}{IMAGE}", image), (name, now)]
+        before = {one: model_repository.live(where / one) for one, _ in changes}
+        try:
+            for one, version in changes:
+                _change(repository, at, one, version, partial(repository.revert, one, version), lambda step: None)
+        except BaseException:
+            for one, earlier in before.items():
+                if earlier is not None:
+                    repository.revert(one, earlier)
+                    if at is not None:
+                        at.load(one)
+            raise
     return Result(where, {name: now}, notes=(f"version {was} stays in the repository",))
 
 

@@ -32,6 +32,7 @@ Write = Callable[[Path], object]  # makes the files of a version in a folder
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Repository]:
     """The repository, made if absent, for one writer at a time. Raises WorkspaceError, also for a disk that is full."""
+    folder = folder.resolve()  # of which "." has no name
     staging = folder.with_name(folder.name + ".staging")
     with workspace.translated(f"model repository {folder}", "--repository"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,10 +141,13 @@ def versions(folder: Path) -> list[int]:
 
 
 def live(folder: Path) -> int | None:
-    """The version that the configuration of a model names. Raises UsageError for an unreadable configuration."""
+    """The version that the configuration of a model names; None without one that can be read."""
     if not (folder / CONFIG).exists():
         return None
-    named = triton_config.read(folder / CONFIG).version_policy.specific.versions
+    try:
+        named = triton_config.read(folder / CONFIG).version_policy.specific.versions
+    except UsageError:
+        return None
     return max(named) if named else max(versions(folder), default=None)
 
 

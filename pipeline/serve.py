@@ -27,17 +27,17 @@ from types import FrameType
 import psutil
 from filelock import FileLock
 
-from engines.errors import RuntimeUnavailable, ServerError, VerifyFailed
-from export.errors import UsageError
+from engines.errors import EngineError, RuntimeUnavailable, ServerError, ServerTimeout, VerifyFailed
+from export.errors import EnginesmithError, UsageError
 from pipeline import model_repository, served, triton_config, workspace
 from pipeline.export import Progress
 from pipeline.model_repository import DEPLOYMENT
-from pipeline.served import Endpoint
+from pipeline.served import LOAD_SECONDS, Endpoint
 from pipeline.triton_config import CONFIG
 
 PYTRITON = "0.7.0"  # nvidia-pytriton, which carries tritonserver 2.51
 NUMPY = "1.26.4"  # with NumPy 2 this server's Python backend returns empty outputs
-START_SECONDS, EXIT_SECONDS = 120, 10
+EXIT_SECONDS = 10
 REPOSITORY = "model_repository"
 CONTAINER = ("docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v DIR:/models nvcr.io/nvidia/"
              "tritonserver:YY.MM-py3 tritonserver --model-repository=/models --model-control-mode=explicit "
@@ -230,8 +230,8 @@ class Server:
         return self._process.pid if self._process else 0
 
     def start(self) -> None:
-        """Starts the process and waits until every model has answered rightly. Raises ServerError, VerifyFailed or
-        RuntimeUnavailable where none does."""
+        """Starts the process and waits until every model has answered rightly. Raises what was wrong with the first
+        where none does."""
         self._seen.clear()
         self._serving.clear()
         names = []
@@ -243,7 +243,7 @@ class Server:
             self._process = subprocess.Popen(self._command(names), cwd=self._empty, env=self.install.variables,
                                              stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                              start_new_session=True, preexec_fn=_die_with_parent)
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + LOAD_SECONDS
         while not self.endpoint.ready():
             if self.stopped():
                 return
@@ -286,6 +286,9 @@ class Server:
                 del group.gpus[:]
         target = self.rendered / name
         target.mkdir(parents=True, exist_ok=True)
+        for left in target.iterdir():
+            if left.is_symlink() and not left.exists():  # a version that was taken out; Triton loads nothing beside it
+                left.unlink()
         for version in model_repository.versions(self.repository / name):
             link = target / str(version)
             if not link.is_symlink():
@@ -298,7 +301,7 @@ class Server:
     def _complaint(self) -> str:
         lines = self.log.read_text("utf-8", "replace").splitlines() if self.log.exists() else []
         told = [line.partition("] ")[2].strip('"') for line in lines if line.startswith("E")]
-        return told[-1][:400] if told else f"not ready after {START_SECONDS} s, or ended: {' '.join(lines[-1:])[:300]}"
+        return told[-1][:400] if told else f"not ready in {LOAD_SECONDS:.0f} s, or ended: {' '.join(lines[-1:])[:300]}"
 
     # --- watching ----------------------------------------------------------------------------------------------
 
@@ -311,8 +314,8 @@ class Server:
         for name in tuple(self._serving):
             try:
                 self._proven(name)
-            except (ServerError, VerifyFailed) as error:
-                if isinstance(error, ServerError) and self._answers(name):
+            except (EngineError, EnginesmithError) as error:
+                if isinstance(error, ServerTimeout) and self._answers(name):
                     continue  # busy, not dead: others got their answers meanwhile
                 self._again(str(error))
                 return
@@ -356,8 +359,10 @@ class Server:
         """Takes each model whose configuration changed; what was wrong with those that are not served."""
         refused = []
         for path in self._configurations():
-            name, data = path.parent.name, path.read_bytes()
-            if data != self._seen.get(name):
+            name, data = path.parent.name, None
+            with suppress(FileNotFoundError):  # taken out meanwhile
+                data = path.read_bytes()
+            if data is not None and data != self._seen.get(name):
                 self._seen[name] = data
                 refused += self._take(name)
         return refused
@@ -376,7 +381,7 @@ class Server:
                 self._serving[name] = version
                 self.told(f"{name}: {self._loaded(name)}")
                 return []
-            except (UsageError, RuntimeUnavailable, ServerError, VerifyFailed) as error:
+            except (EngineError, EnginesmithError) as error:
                 self.told(f"{source.relative_to(self.repository)} is not served: {error}")
                 refused.append(error)
         self._serving.pop(name, None)
@@ -389,7 +394,7 @@ class Server:
         self._answers(name)
         try:
             return self._proven(name)
-        except ServerError:
+        except ServerTimeout:
             if not self._answers(name):
                 raise
             return f"version {self._serving[name]} is served; the server was busy with others' requests"

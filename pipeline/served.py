@@ -22,10 +22,11 @@ from pathlib import Path
 from time import perf_counter, perf_counter_ns, sleep
 from typing import Any
 from urllib.parse import urlsplit
+from zipfile import BadZipFile
 
 import numpy as np
 
-from engines.errors import EngineError, ServerError, VerifyFailed
+from engines.errors import EngineError, ServerError, ServerTimeout, VerifyFailed
 from engines.runtime import missing
 from export.errors import UsageError
 from pipeline import environment, triton_config, verify, workspace
@@ -87,8 +88,9 @@ class Endpoint:
             return False
 
     def successes(self, model: str) -> int:
-        """How many requests the model has answered, of all its versions."""
-        return sum(int(one["inference_stats"]["success"]["count"]) for one in self.statistics(model))
+        """How many requests the model has answered, of all its versions, and not from a response cache."""
+        found = [one["inference_stats"] for one in self.statistics(model)]
+        return sum(int(one["success"]["count"]) - int(one["cache_hit"]["count"]) for one in found)
 
     def statistics(self, model: str) -> list[dict[str, Any]]:
         """Of each version.
@@ -185,7 +187,8 @@ def client(at: Endpoint, transport: str, model: str, feeds: Mapping[str, np.ndar
             try:
                 return one.infer(model, inputs, **more)
             except InferenceServerException as error:
-                raise ServerError(f"model {model}", f"{error.status()}: {error.message()}"[:500]) from error
+                kind = ServerTimeout if error.status() == "StatusCode.DEADLINE_EXCEEDED" else ServerError
+                raise kind(f"model {model}", f"{error.status()}: {error.message()}"[:500]) from error
             except (OSError, EOFError, HTTPException) as error:  # of gevent's HTTP client
                 raise ServerError(f"model {model}", str(error) or type(error).__name__) from error
         yield infer
@@ -222,18 +225,23 @@ def _wire_type(array: np.ndarray) -> str:
 
 
 def proof(at: Endpoint, model: str, folder: Path, timeout: float) -> tuple[float, float]:
-    """(relative L2 error, limit) of the answer to the request that a deployed version carries. Raises ServerError.
+    """(relative L2 error, limit) of the answer to the request that a deployed version carries. Raises ServerError, or
+    VerifyFailed for a version or an answer that cannot be compared.
 
     A response cache would go on with the right answer when the backend has long stopped: there another row goes along,
     which is another every time, where the model takes more than one.
     """
-    limit = float(json.loads((folder / DEPLOYMENT).read_bytes())["limit"])
-    with np.load(folder / PROOF, allow_pickle=False) as file:
-        arrays = dict(file)
+    try:
+        limit = float(json.loads((folder / DEPLOYMENT).read_bytes())["limit"])
+        with np.load(folder / PROOF, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+        raise VerifyFailed(f"version {folder.name} of model {model}", f"its {DEPLOYMENT} or {PROOF} cannot be read "
+                           f"({type(error).__name__})", "those of its deployment", "deploy it again") from error
     feeds = {name.removeprefix("input/"): a for name, a in arrays.items() if name.startswith("input/")}
     truth = {name.removeprefix("output/"): a for name, a in arrays.items() if name.startswith("output/")}
-    config, rows = triton_config.read(folder / CONFIG), len(next(iter(feeds.values())))
-    more = int(config.response_cache.enable and config.max_batch_size > rows)
+    more = int(triton_config.read(folder / CONFIG).response_cache.enable
+               and at.configuration(model).max_batch_size > len(next(iter(feeds.values()))))
     if more:
         rng = np.random.default_rng()
         feeds = {name: np.concatenate([a, rng.permutation(a[0].ravel()).reshape(a[:1].shape)])
@@ -249,7 +257,7 @@ def _compared(answer: Any, truth: Mapping[str, np.ndarray], model: str, more: in
     for name, expected in truth.items():
         found, wanted = answer.as_numpy(name), (len(expected) + more, *expected.shape[1:])
         if found is None or found.shape != wanted:
-            raise ServerError(f"model {model}", f"output {name} of shape {getattr(found, 'shape', None)}", str(wanted))
+            raise VerifyFailed(f"model {model}", f"output {name} of shape {getattr(found, 'shape', None)}", str(wanted))
         rows.append(verify.compare(name, len(expected), found[:len(expected)], expected))
     return rows
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.runtime import Profile, TensorSpec, missing
+from engines.runtime import Profile, TensorSpec, missing, profile_shapes
 from export.errors import UsageError
 
 try:
@@ -121,12 +121,8 @@ def _cuda(served: Served) -> dict[str, str]:
 
 
 def _tensorrt(served: Served) -> dict[str, str]:
-    found = {}
-    for bound, batch in (("min", min(p.min for p in served.profiles)), ("opt", served.profiles[0].opt),
-                         ("max", max(p.max for p in served.profiles))):
-        texts = [f"{s.name}:" + "x".join(str(n or batch) for n in s.shape) for s in served.inputs if None in s.shape]
-        if texts:
-            found[f"trt_profile_{bound}_shapes"] = ",".join(texts)
+    shapes = profile_shapes(served.profiles, {s.name: s.shape for s in served.inputs})
+    found = {f"trt_profile_{bound}_shapes": text for bound, text in shapes.items()}
     if served.workspace_bytes is not None:
         found["max_workspace_size_bytes"] = str(served.workspace_bytes)
     return found

@@ -191,16 +191,17 @@ def _plan(s: Subject) -> Iterator[Finding]:
         yield s.finding("backend", "a TensorRT-RTX plan", "a TensorRT plan, which is what Triton's tensorrt backend "
                         "was built for", "serve it by a backend that was built against TensorRT-RTX, or build with "
                         "--runtime tensorrt", "warning")
-    elif key["options"]["version_compatible"]:
+    else:
+        yield from _tensorrt(s, key["version"], key["options"]["version_compatible"])
+
+
+def _tensorrt(s: Subject, version: str, compatible: bool) -> Iterator[Finding]:
+    """A plan loads only in the TensorRT that built it: the one of the server's release has to be the same, or a later
+    one for a plan that is version compatible."""
+    if compatible:
         yield s.finding("plan", "version compatible: it carries code of its own", "a server that was started with "
                         "--backend-config=tensorrt,version-compatible=true", "start it so, if you trust the plan",
                         "warning")
-    else:
-        yield from _tensorrt(s, key["version"])
-
-
-def _tensorrt(s: Subject, version: str) -> Iterator[Finding]:
-    """A plan loads only in the TensorRT that built it: the one of the server's release has to be the same."""
     known = triton_releases.for_tensorrt(version)
     if s.target.release is None:
         has = " or ".join(row.container for row in known) or f"one with it, by {triton_releases.SUPPORT_MATRIX}"
@@ -212,9 +213,10 @@ def _tensorrt(s: Subject, version: str) -> Iterator[Finding]:
         yield s.finding("plan", f"built by TensorRT {version}", f"that of Triton {s.target.release}, which the "
                         "table does not have", f"compare it with {triton_releases.SUPPORT_MATRIX}", "warning")
         return
-    if row not in known:
+    later = triton_releases.patch_version(version) < triton_releases.patch_version(row.tensorrt)
+    if row not in known and not (compatible and later):
         yield s.finding("plan", f"built by TensorRT {version}", f"{row.tensorrt}, that of Triton {row.container}",
-                        f"build with TensorRT {row.tensorrt}, or with --version-compatible")
+                        f"build with TensorRT {row.tensorrt}{', or with --version-compatible' if later else ''}")
     built = s.receipt["key"].get("compute_capability")
     if built and row.compute_capability and _pair(built) < _pair(row.compute_capability):
         yield s.finding("plan", f"built for compute capability {built}", f"at least {row.compute_capability}, the "

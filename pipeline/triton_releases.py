@@ -63,11 +63,12 @@ def for_tensorrt(version: str) -> tuple[Release, ...]:
     The fourth number, the build, is not compared, though TensorRT 8.6.1.2 refused plans of 8.6.1.6
     (https://github.com/triton-inference-server/server/issues/5975): a row is necessary, and not a proof.
     """
-    wanted = _patch_version(version)
-    return tuple(row for row in RELEASES if _patch_version(row.tensorrt) == wanted)
+    wanted = patch_version(version)
+    return tuple(row for row in RELEASES if patch_version(row.tensorrt) == wanted)
 
 
-def _patch_version(version: str) -> tuple[int, int, int]:
+def patch_version(version: str) -> tuple[int, int, int]:
+    """major.minor.patch of a version of TensorRT. Raises UsageError."""
     found = re.match(r"([0-9]+)\.([0-9]+)\.([0-9]+)(?![0-9])", version)
     if found is None:
         raise UsageError("TensorRT version", f"'{version}'", "major.minor.patch, such as 10.8.0 or 10.8.0.43")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,3 +37,21 @@ def asked(request: deploy.Request, server: serve.Server, **more: object) -> depl
     at = server.endpoint
     return deploy.CheckRequest(request.model, request.out, None, f"http://127.0.0.1:{at.http}", at.grpc,
                                **more)  # type: ignore[arg-type]
+
+
+@contextmanager
+def watching(server: serve.Server) -> Iterator[None]:
+    """The server looks after itself, as in the command."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.2):
+            server.watch()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,7 +23,7 @@ from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
 from pipeline import capacity, deploy, model_repository, serve, served, triton_config, triton_lint, verify, workspace
 from pipeline.capacity import Curve, Point
-from tests.pipeline.servers import asked, free_ports, small
+from tests.pipeline.servers import asked, free_ports, small, watching
 
 
 def test_a_deployed_version_is_whole(deployed: tuple[deploy.Request, deploy.Result]) -> None:
@@ -106,9 +108,7 @@ def test_a_version_with_other_numbers_than_its_proof_is_not_served(deployed: tup
     def other(version: Path) -> None:
         for name in (model_repository.DEPLOYMENT, model_repository.PROOF):
             (version / name).write_bytes((folder / "1" / name).read_bytes())
-        model = onnx.load(small(tmp_path / "other.onnx"))
-        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((4, 5), np.float32), "w"))
-        onnx.save(model, version / "model.onnx")
+        (version / "model.onnx").write_bytes(ones(tmp_path))
 
     with model_repository.opened(result.repository) as repository:
         config = triton_config.read(folder / "config.pbtxt")
@@ -161,6 +161,25 @@ def test_the_version_before_is_the_one_that_was_live_before(deployed: tuple[depl
         deploy.rollback(request)
 
 
+def spoiling(monkeypatch: pytest.MonkeyPatch, model: bytes) -> None:
+    """From here on, what is put has another model than the lint has seen."""
+    put = model_repository.Repository.put
+
+    def spoiled(repository: model_repository.Repository, staged: Path) -> None:
+        for path in staged.glob("*/model.onnx"):
+            path.write_bytes(model)
+        put(repository, staged)
+
+    monkeypatch.setattr(model_repository.Repository, "put", spoiled)
+
+
+def ones(folder: Path) -> bytes:
+    """A model with the tensors of small(), and other numbers."""
+    model = onnx.load(small(folder / "ones.onnx"))
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((4, 5), np.float32), "w"))
+    return bytes(model.SerializeToString())
+
+
 def test_reload_tells_the_server_and_takes_back_what_it_refuses(
         deployed: tuple[deploy.Request, deploy.Result], server: serve.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(deployed[0], reload=f"http://127.0.0.1:{server.endpoint.http}", grpc_port=server.endpoint.grpc)
@@ -170,36 +189,62 @@ def test_reload_tells_the_server_and_takes_back_what_it_refuses(
         assert server.endpoint.has(f"small/versions/{version}")
         assert deploy.rollback(request).models == {"small": earlier}
         assert server.endpoint.has(f"small/versions/{earlier}")
-
-        def damaged(repository: model_repository.Repository, staged: Path) -> None:
-            (staged / str(version + 1) / "model.onnx").write_bytes(b"no model")  # after the lint has seen it
-            put(repository, staged)
-
-        put = model_repository.Repository.put
-        monkeypatch.setattr(model_repository.Repository, "put", damaged)
         before = sorted(deployed[1].repository.rglob("*"))
-        with pytest.raises(ServerError, match=f"Protobuf parsing failed.*; version {earlier} goes on serving"):
+        with monkeypatch.context() as patch, pytest.raises(ServerError, match=r"Protobuf.*the repository is as it was"):
+            spoiling(patch, b"no model")
             deploy.deploy(request)
         assert sorted(deployed[1].repository.rglob("*")) == before
         deploy.check(asked(request, server)).require()
+        again = deploy.deploy(request).models["small"]
+        assert server.endpoint.has(f"small/versions/{again}")
+        deploy.rollback(request)
 
 
 @contextmanager
-def watching(server: serve.Server) -> Iterator[None]:
-    """The server looks after itself, as in the command."""
-    over = threading.Event()
+def plain(repository: Path, folder: Path) -> Iterator[served.Endpoint]:
+    """A tritonserver on the repository itself, which loads what it is told to and proves nothing."""
+    install = serve.installed(serve.Request(repository), folder, lambda step: None)
+    http, grpc, metrics = free_ports()
+    with subprocess.Popen(
+            [*install.command, f"--model-repository={repository}", f"--http-port={http}", f"--grpc-port={grpc}",
+             f"--metrics-port={metrics}", "--http-address=127.0.0.1", "--grpc-address=127.0.0.1",
+             "--model-control-mode=explicit", "--load-model=*", "--allow-gpu-metrics=false"],
+            env=install.variables, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        at = served.Endpoint("127.0.0.1", http, grpc, metrics)
+        try:
+            while not at.ready():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield at
+        finally:
+            process.terminate()
+            process.wait(30)
 
-    def work() -> None:
-        while not over.wait(0.2):
-            server.watch()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def test_reload_of_a_plain_server(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(deployed[0], repository=tmp_path / "repository")
+    deploy.deploy(request)
+    (tmp_path / "server").mkdir()
+    with plain(tmp_path / "repository", tmp_path / "server") as at:
+        request = replace(request, reload=f"http://127.0.0.1:{at.http}", grpc_port=at.grpc)
+        assert deploy.deploy(request).models == {"small": 2}
+        assert at.has("small/versions/2") and not at.has("small/versions/1")
+        before = sorted((tmp_path / "repository").rglob("*"))
+        with monkeypatch.context() as patch:
+            spoiling(patch, ones(tmp_path))
+            for name in ("small", "fresh"):
+                with pytest.raises(ServerError, match="relative L2 error"):
+                    deploy.deploy(replace(request, name=name))
+        assert sorted((tmp_path / "repository").rglob("*")) == before
+        assert at.has("small/versions/2") and not at.has("fresh")
+        assert deploy.rollback(request).models == {"small": 1}
+        assert at.has("small/versions/1")
+        (tmp_path / "repository/small/2/model.onnx").write_bytes(b"no model")
+        with pytest.raises(ServerError, match=r"Protobuf.*the repository is as it was"):
+            deploy.rollback(replace(request, version=2))
+        assert model_repository.live(tmp_path / "repository/small") == 1
+        assert at.has("small/versions/1")
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:8000", "http://", "http://127.0.0.1:port"])
@@ -251,6 +296,30 @@ def test_a_response_cache_that_comes_with_a_later_version(deployed: tuple[deploy
     assert int(counted["inference_stats"]["cache_hit"]["count"]) > 0
     deploy.rollback(deployed[0])
     server.watch()
+
+
+def test_a_damaged_configuration_is_mended_by_a_deployment(deployed: tuple[deploy.Request, deploy.Result],
+                                                            tmp_path: Path) -> None:
+    request = replace(deployed[0], repository=tmp_path / "repository")
+    deploy.deploy(request)
+    (tmp_path / "repository/small/config.pbtxt").write_text("max_batch_size: many")
+    assert deploy.rollback(replace(request, version=1)).models == {"small": 1}
+    (tmp_path / "repository/small/config.pbtxt").write_text("max_batch_size: many")
+    assert deploy.deploy(request).models == {"small": 2}
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "-a", ""])
+def test_names_that_are_none(name: str, deployed: tuple[deploy.Request, deploy.Result]) -> None:
+    with pytest.raises(UsageError, match="not a name of a model"):
+        deploy.deploy(replace(deployed[0], name=name))
+
+
+def test_the_working_folder_as_a_repository(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert deploy.deploy(replace(deployed[0], repository=Path())).repository == tmp_path / "here"
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "here.staging"}
 
 
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:

@@ -17,7 +17,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from pipeline import serve, served, triton_config
-from tests.pipeline.servers import free_ports
+from tests.pipeline.servers import free_ports, watching
 from tests.pipeline.test_build_verify import run
 
 NAME, CLASSES = "resnet_v2_18", 10
@@ -177,18 +177,19 @@ def test_to_int8_with_smaller_batches_and_back_under_load(out: Path, server: ser
         return {(row["model"], row["limit"], row["status"]) for row in json.loads(capsys.readouterr().out)["rows"]}
 
     models = NAME, f"{NAME}_image"
+    reload = "--reload", f"http://127.0.0.1:{server.endpoint.http}", "--grpc-port", server.endpoint.grpc
     largest = [server.endpoint.configuration(model).max_batch_size for model in models]
     assert run("build", NAME, "--out", out, "--precision", "int8", "--profile", "1,4,8") == 0
     threads = [threading.Thread(target=work, args=(model,)) for model in models]
     for thread in threads:
         thread.start()
     try:
-        assert run("deploy", NAME, "--out", out, "--precision", "int8") == 0
-        server.watch()
+        with watching(server):
+            assert run("deploy", NAME, "--out", out, "--precision", "int8", *reload) == 0
         assert checked() == {(model, 0.1, "passed") for model in models}
         assert [server.endpoint.configuration(model).max_batch_size for model in models] == [8, 8]
-        assert run("deploy", NAME, "--out", out, "--rollback") == 0
-        server.watch()
+        with watching(server):
+            assert run("deploy", NAME, "--out", out, "--rollback", *reload) == 0
         assert checked() == {(model, 1e-4, "passed") for model in models}
         assert run("deploy", NAME, "--out", out) == 0  # which the ensemble grows with again
         server.watch()

@@ -274,6 +274,23 @@ def test_a_first_start_beside_a_corrupt_live_version_serves_the_one_before(deplo
     assert "answers, relative L2 error" in said[1]
 
 
+@pytest.mark.parametrize(("file", "data"), [("proof.npz", b"PK"), ("proof.npz", None), ("deployment.json", b"{")])
+def test_a_version_whose_proof_is_damaged_is_not_served(
+        file: str, data: bytes | None, deployed: Deployed, server: serve.Server) -> None:
+    live, first = deployed[1].repository / "small/1", server.pid
+
+    def damaged(folder: Path) -> None:
+        shutil.copytree(live, folder, dirs_exist_ok=True)
+        (folder / file).unlink() if data is None else (folder / file).write_bytes(data)
+
+    with _pushed(deployed[1].repository, damaged) as bad:
+        server.watch()
+        assert not server.endpoint.has(f"small/versions/{bad}")
+        deploy.check(asked(deployed[0], server)).require()
+    server.watch()
+    assert server.pid == first
+
+
 def test_a_start_with_nothing_that_can_be_served(deployed: Deployed, tmp_path: Path) -> None:
     """No model that loads; then one that loads, and gives other numbers than it was deployed with."""
     shutil.copytree(deployed[1].repository / "small", tmp_path / "small")

@@ -120,14 +120,18 @@ def test_a_plan_and_the_tensorrt_of_the_server(plan: Path, tmp_path: Path, targe
     assert found(folder, target).get("plan") == level
 
 
-def test_a_version_compatible_plan_needs_a_flag_of_the_server(plan: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("release", "level"), [("25.01", None), ("26.06", None), ("24.10", "error")])
+def test_a_version_compatible_plan_needs_a_flag_of_the_server_and_no_earlier_one(
+        plan: Path, tmp_path: Path, release: str, level: str | None) -> None:
+    """A plan of TensorRT 10.8, which 25.01 has; 24.10 has 10.5, 26.06 has 11.1."""
     folder = spoiled(plan, tmp_path, lambda c: None)
     described = json.loads((folder / "1/deployment.json").read_bytes())
     described["engine"]["key"] |= {"runtime": "tensorrt", "version": "10.8.0.43"}
     described["engine"]["key"]["options"]["version_compatible"] = True
     (folder / "1/deployment.json").write_text(json.dumps(described))
-    (finding,) = (f for f in triton_lint.lint(folder, 1, Target(True, "24.10")) if f.field == "plan")
-    assert finding.level == "warning" and "version-compatible=true" in finding.expected
+    flag, *others = (f for f in triton_lint.lint(folder, 1, Target(True, release)) if f.field == "plan")
+    assert flag.level == "warning" and "version-compatible=true" in flag.expected
+    assert [f.level for f in others] == ([level] if level else [])
 
 
 def test_a_latency_limit_that_cannot_be_measured(plan: Path) -> None:
