@@ -120,7 +120,7 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
     ready = _ready(request, progress)
     choice = _chosen(request, ready, progress)
     name = request.name or ready.manifest["name"]
-    where = (request.repository or ready.folder / REPOSITORY).resolve()
+    where = request.repository or ready.folder / REPOSITORY
     at = None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
     service = _service(request, ready, name, choice) if request.server == "kserve" else None
     with model_repository.opened(where) as repository:
@@ -135,7 +135,7 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
         manifest = None if service is None else repository.stage_text(kserve.FILE, service)
         _put(repository, (*before, staged, *after), at, progress)
         if manifest is not None:
-            manifest = manifest.replace(where.with_name(kserve.FILE))
+            manifest = manifest.replace(repository.folder.with_name(kserve.FILE))
         live = {one: model_repository.live(where / one) or 0 for one in (name, f"{name}{RESIZE}", f"{name}{IMAGE}")
                 if (where / one).is_dir()}
     return Result(where, live, ready.receipt, choice, findings, ready.notes, manifest)

@@ -318,8 +318,9 @@ def test_the_working_folder_as_a_repository(deployed: tuple[deploy.Request, depl
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert deploy.deploy(replace(deployed[0], repository=Path())).repository == tmp_path / "here"
+    deploy.deploy(replace(deployed[0], repository=Path()))
     assert {path.name for path in tmp_path.iterdir()} == {"here", "here.staging"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"small"}
 
 
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
