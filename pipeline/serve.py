@@ -323,11 +323,11 @@ class Server:
             self._again("a backend process ended")
 
     def changed(self) -> bool:
-        """Whether something was deployed since the last look."""
-        with suppress(FileNotFoundError):  # of a model that is taken out
-            return any(path.read_bytes() != self._seen.get(path.parent.name)
-                       for path in self.repository.glob(f"*/{CONFIG}"))
-        return False
+        """Whether something was deployed, or taken out, since the last look."""
+        with suppress(FileNotFoundError):  # taken out just now
+            found = {path.parent.name: path.read_bytes() for path in self.repository.glob(f"*/{CONFIG}")}
+            return bool(found) and found != self._seen
+        return True
 
     def _configurations(self) -> list[Path]:
         """In the order in which they are loaded: an ensemble after what it runs, unless it has come to take fewer
@@ -356,9 +356,16 @@ class Server:
         return bool(earlier & self._ended)
 
     def _follow(self) -> list[Exception]:
-        """Takes each model whose configuration changed; what was wrong with those that are not served."""
+        """Takes each model whose configuration changed, and lets go of those that are gone; what was wrong with those
+        that are not served."""
         refused = []
-        for path in self._configurations():
+        there = self._configurations()
+        # without any, the folder is rather not mounted
+        for name in self._seen.keys() - {path.parent.name for path in there} if there else ():
+            del self._seen[name]
+            self._let_go(name)
+            self.told(f"{name}: was taken out of the repository, and is not served any more")
+        for path in there:
             name, data = path.parent.name, None
             with suppress(FileNotFoundError):  # taken out meanwhile
                 data = path.read_bytes()
@@ -384,10 +391,13 @@ class Server:
             except (EngineError, EnginesmithError) as error:
                 self.told(f"{source.relative_to(self.repository)} is not served: {error}")
                 refused.append(error)
+        self._let_go(name)
+        return refused
+
+    def _let_go(self, name: str) -> None:
         self._serving.pop(name, None)
         shutil.rmtree(self.rendered / name, ignore_errors=True)
         self.endpoint.unload(name)
-        return refused
 
     def _loaded(self, name: str) -> str:
         """What the version that was just loaded answers; a server that is busy with others is not wrong."""

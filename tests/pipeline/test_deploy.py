@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -321,6 +322,31 @@ def test_the_working_folder_as_a_repository(deployed: tuple[deploy.Request, depl
     deploy.deploy(replace(deployed[0], repository=Path()))
     assert {path.name for path in tmp_path.iterdir()} == {"here", "here.staging"}
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"small"}
+
+
+def test_a_model_that_is_taken_out_is_let_go(deployed: tuple[deploy.Request, deploy.Result],
+                                             server: serve.Server) -> None:
+    first = server.pid
+    deploy.deploy(replace(deployed[0], name="extra"))
+    assert server.changed()
+    server.watch()
+    assert not server.changed()
+    assert server.endpoint.has("extra")
+    shutil.rmtree(deployed[1].repository / "extra")
+    assert server.changed()
+    server.watch()
+    assert not server.changed()
+    assert not server.endpoint.has("extra")
+    away = deployed[1].repository.rename(deployed[1].repository.with_name("unmounted"))
+    deployed[1].repository.mkdir()
+    assert not server.changed()
+    server.watch()
+    deploy.check(asked(deployed[0], server)).require()
+    deployed[1].repository.rmdir()
+    away.rename(deployed[1].repository)
+    server.watch()
+    deploy.check(asked(deployed[0], server)).require()
+    assert server.pid == first
 
 
 def test_no_server(deployed: tuple[deploy.Request, deploy.Result]) -> None:
