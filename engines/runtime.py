@@ -39,6 +39,15 @@ class TensorSpec:
     dtype: np.dtype
     shape: tuple[int | None, ...]
 
+    def described(self) -> dict[str, Any]:
+        """As manifests and receipts have it, JSON-ready."""
+        return {"name": self.name, "dtype": self.dtype.name, "shape": ["batch" if n is None else n for n in self.shape]}
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        return cls(described["name"], np.dtype(described["dtype"]),
+                   tuple(n if isinstance(n, int) else None for n in described["shape"]))
+
 
 @dataclass(frozen=True)
 class Profile:

@@ -20,7 +20,7 @@ import numpy as np
 
 from engines.digest import sha256
 from engines.errors import BuildError
-from engines.runtime import BuildRequest, Built, missing
+from engines.runtime import BuildRequest, Built, TensorSpec, missing
 
 PACKAGES = {"tensorrt": ("tensorrt", "tensorrt-cu13", "gpu"),
             "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13", "rtx")}
@@ -76,8 +76,8 @@ def build(request: BuildRequest, target: Path, progress: Callable[[str], None]) 
 
 
 def _tensor(trt: Any, tensor: Any) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": np.dtype(trt.nptype(tensor.dtype)).name,
-            "shape": ["batch" if n == -1 else n for n in tensor.shape]}
+    return TensorSpec(tensor.name, np.dtype(trt.nptype(tensor.dtype)),
+                      tuple(None if n == -1 else n for n in tensor.shape)).described()
 
 
 def _inspector_text(trt: Any, log: Any, plan: bytes, network: Any) -> str:

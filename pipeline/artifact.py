@@ -58,7 +58,8 @@ def _imported(path: Path, out: Path, progress: Progress) -> Path:
         held.stage(REFERENCE, lambda target: export_stage.save_arrays(target, reference))
         held.commit({"format": 1, "name": path.stem, "network": path.stem, "recipe": {"onnx": source.sha256},
                      "reference_from": "onnxruntime", "preprocess": "none",
-                     "inputs": _specs(source.inputs), "outputs": _specs(source.outputs),
+                     "inputs": [spec.described() for spec in source.inputs],
+                     "outputs": [spec.described() for spec in source.outputs],
                      "tools": export_stage.tool_versions()}, (MODEL, REFERENCE))
     return out / path.stem
 
@@ -91,8 +92,3 @@ def _reference(source: ModelFile) -> dict[str, np.ndarray]:
                      for s in source.inputs}
             cases.append((feeds, engine.run(feeds)))
     return export_stage.reference_arrays(cases)
-
-
-def _specs(specs: tuple[Any, ...]) -> list[dict[str, Any]]:
-    return [{"name": s.name, "dtype": s.dtype.name, "shape": ["batch" if n is None else n for n in s.shape]}
-            for s in specs]

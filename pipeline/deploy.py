@@ -117,11 +117,11 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
     """Raises UsageError, WorkspaceError, VerifyFailed, CheckFailed for lint errors, ServerError for a refused reload:
     the repository is then as it was."""
     _check(request)
+    at = _server(request)
     ready = _ready(request, progress)
     choice = _chosen(request, ready, progress)
     name = request.name or ready.manifest["name"]
     where = request.repository or ready.folder / REPOSITORY
-    at = None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
     service = _service(request, ready, name, choice) if request.server == "kserve" else None
     with model_repository.opened(where) as repository:
         progress("put into the repository")
@@ -148,8 +148,6 @@ def _check(request: Request) -> None:
     if request.server not in SERVERS or (request.server == "kserve") != (request.storage_uri is not None):
         raise UsageError(f"server {request.server!r}", "with a storage URI" if request.storage_uri else "without a "
                          "storage URI", "triton, or kserve with the --storage-uri that the cluster reads")
-    if request.reload is not None:
-        served.endpoint(request.reload, request.grpc_port)
     if request.triton_release is not None:
         triton_releases.find(request.triton_release)
     if request.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", request.name):
@@ -157,6 +155,11 @@ def _check(request: Request) -> None:
                          "letter or digit")
     if request.labels is not None and not request.labels.is_file():
         raise UsageError(f"labels {request.labels}", "no such file", "a file with a line for each class")
+
+
+def _server(request: Request) -> Endpoint | None:
+    """The one that is to be told. Raises UsageError."""
+    return None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
 
 
 # --- the engine ------------------------------------------------------------------------------------------------
@@ -179,7 +182,8 @@ def _ready(request: Request, progress: Progress) -> Ready:
     if MODEL_FILES[BACKENDS[request.runtime][0]] == MODEL:  # optimized for this machine, the engine is for no other
         source = model_file.read(model)
         return Ready(folder, manifest, made, wish, path, model, source.inputs, source.outputs, notes)
-    inputs, outputs = (_specs(made.details.get(kind) or manifest[kind]) for kind in ("inputs", "outputs"))
+    inputs, outputs = (tuple(map(TensorSpec.of, made.details.get(kind) or manifest[kind]))
+                       for kind in ("inputs", "outputs"))
     return Ready(folder, manifest, made, wish, path, path, inputs, outputs, notes)
 
 
@@ -204,11 +208,6 @@ def _verified(request: Request, folder: Path, made: Receipt, progress: Progress)
         raise VerifyFailed(f"{row.runtime} {row.precision}", row.reason, "an engine that verify passes",
                            "it was not deployed")
     return () if row.status == "passed" else (f"not verified here: {row.reason}",)
-
-
-def _specs(described: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(s["name"], np.dtype(s["dtype"]), tuple(n if isinstance(n, int) else None
-                                                                  for n in s["shape"])) for s in described)
 
 
 def _chosen(request: Request, ready: Ready, progress: Progress) -> Choice:
@@ -241,8 +240,8 @@ def _write(request: Request, ready: Ready, choice: Choice, folder: Path) -> None
     rows = choice.batching.max_batch and 1
     _prove(ready, folder, rows)
     described = {
-        "format": 1, "engine": asdict(ready.receipt), "inputs": _described(ready.inputs),
-        "outputs": _described(ready.outputs), "limit": verify.LIMITS[request.precision],
+        "format": 1, "engine": asdict(ready.receipt), "inputs": [spec.described() for spec in ready.inputs],
+        "outputs": [spec.described() for spec in ready.outputs], "limit": verify.LIMITS[request.precision],
         "choice": asdict(choice), "max_latency_ms": request.max_latency_ms}
     (folder / DEPLOYMENT).write_text(json.dumps(described, indent=1) + "\n", "utf-8")
 
@@ -254,11 +253,6 @@ def _prove(ready: Ready, folder: Path, rows: int) -> None:
               for name, array in verify.cycled(part, count).items()}
     with (folder / PROOF).open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def _described(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-    return [{"name": s.name, "dtype": s.dtype.name, "shape": ["batch" if n is None else n for n in s.shape]}
-            for s in specs]
 
 
 def _target(request: Request) -> Target:
@@ -333,8 +327,9 @@ def _beside(repository: Repository, ready: Ready, config: Any) -> tuple[list[Pat
                                            triton_config.Batching(RESIZED_AT_ONCE, threads=1)))
     del resizing.model_warmup[1:]  # of the many that it may take
     whole = triton_config.ensemble(f"{name}{IMAGE}", 1, (resizing, config))
-    live = repository.folder / whole.name / triton_config.CONFIG
-    shrinks = live.exists() and triton_config.read(live).max_batch_size > whole.max_batch_size
+    ensemble = repository.folder / whole.name
+    shrinks = model_repository.live(ensemble) is not None and triton_config.read(
+        ensemble / triton_config.CONFIG).max_batch_size > whole.max_batch_size
     before = _changed(repository, resizing, lambda folder: resize.write(folder / MODEL, spec.name, height, width, nchw))
     after = _changed(repository, whole, lambda folder: None)
     return (before + after, []) if shrinks else (before, after)
@@ -417,13 +412,12 @@ def _refused(at: Endpoint, name: str, version: int, known: Mapping[int, tuple[st
 def _wrong(at: Endpoint, name: str, version: Path) -> str | None:
     """What is wrong with the numbers of a version that was just loaded, if it carries a reference. Raises
     ServerError."""
-    if not (version / PROOF).exists():
-        return None
-    try:
-        error, limit = served.proof(at, name, version, served.TIMEOUT_SECONDS)
-    except VerifyFailed as failed:
-        return str(failed)
-    return None if error <= limit else f"relative L2 error {error:.1e} to its reference, limit {limit:.0e}"
+    if (version / PROOF).exists():
+        try:
+            served.proof(at, name, version, served.TIMEOUT_SECONDS)
+        except VerifyFailed as failed:
+            return str(failed)
+    return None
 
 
 def rollback(request: Request) -> Result:
@@ -433,7 +427,7 @@ def rollback(request: Request) -> Result:
         folder = artifact.folder_of(request.model, request.out, lambda step: None)
     where = request.repository or folder / REPOSITORY
     name = request.name or json.loads((folder / workspace.MANIFEST).read_bytes())["name"]
-    at = None if request.reload is None else served.endpoint(request.reload, request.grpc_port)
+    at = _server(request)
     with model_repository.opened(where) as repository:
         was, now = model_repository.live(where / name), model_repository.earlier(where / name, request.version)
         then = triton_config.read(where / name / str(now) / triton_config.CONFIG)
@@ -515,7 +509,7 @@ def check(request: CheckRequest, progress: Progress = lambda step: None) -> Chec
         rows += served.check(at, at.configuration(f"{name}{IMAGE}"), cases, limit, wire, progress)
     if not request.load or any(row.status == "failed" for row in rows):
         return Checked(rows)
-    made, path = served.load(at, request.url, name, manifest, cases, request.clients,
+    made, path = served.load(at, request.url, config, manifest, cases, request.clients,
                              request.transports or served.reachable(at), request.seconds, folder / load_record.LOADS,
                              progress)
     return Checked(rows, made, path)

@@ -34,22 +34,24 @@ def capture(device: str) -> Environment:
     """As it is now; the load is that of half a second before anything is started."""
     load = psutil.cpu_percent(0.5) / 100
     frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return Environment(
         date=datetime.now().astimezone().isoformat(timespec="seconds"), host=platform.node(),
         system=platform.platform(), python=platform.python_version(), cpu=cpu_name(),
-        cores=psutil.cpu_count(logical=False) or 1, affinity=tuple(sorted(affinity)),
+        cores=psutil.cpu_count(logical=False) or 1, affinity=affinity(),
         memory_bytes=psutil.virtual_memory().total, governor=_governor(),
         frequency_mhz=float(frequency.current) if frequency and frequency.current else None, load_before=round(load, 3),
         versions=_versions(), variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         gpu=gpu_state(device))
 
 
+def affinity() -> tuple[int, ...]:
+    """The logical cores that this process may run on."""
+    return tuple(sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)))
+
+
 def usable_cores() -> int:
     """Physical cores, less those that the affinity of this process or the quota of its container leave out."""
-    found = psutil.cpu_count(logical=False) or 1
-    if hasattr(os, "sched_getaffinity"):
-        found = min(found, len(os.sched_getaffinity(0)))
+    found = min(psutil.cpu_count(logical=False) or 1, len(affinity()))
     with suppress(OSError, ValueError):  # no such file, or `max`
         quota, period = map(int, QUOTA.read_text("utf-8").split())
         found = min(found, max(1, quota // period))

@@ -7,7 +7,6 @@ measured themselves; the bandwidth is that of a copy by all cores.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from engines.errors import EngineError
 from engines.runtime import BuildRequest, Profile, backend
 from engines.worker import Worker
 from export import precision as variants
+from pipeline import environment
 from pipeline.record import Limit
 
 SIZES = {"cpu": (2048, 56), "gpu": (8192, 224)}  # edge of the matrices; height and width of the images
@@ -97,7 +97,7 @@ def _saved(path: Path, node: onnx.NodeProto, weights: np.ndarray, fed: tuple[int
 
 def _bandwidth() -> float:
     """Of a copy by all cores, what is read and what is written both counted."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(environment.affinity())
     source = np.ones((cores, COPIED // cores), np.uint8)
     target = np.empty_like(source)
     best = float("inf")

@@ -33,6 +33,9 @@ FORMS = MappingProxyType({"fp32": ("circle", "solid"), "tf32": ("circle-open", "
 STEPS = (("host_to_device", "host to device", "#9aa5b1"), ("compute", "compute", "#3d7ea6"),
          ("device_to_host", "device to host", "#6c7a89"), ("", "call overhead", "#c9a227"))
 RUNG_COLOURS = ("#c9a227", "#9aa5b1", "#3d7ea6", "#6c7a89", "#b07aa1")
+LADDER = MappingProxyType({  # layout of bars whose parts add up to a time
+    "barmode": "stack", "legend": {"traceorder": "normal"}, "xaxis": {"title": {"text": "ms"}},
+    "yaxis": {"autorange": "reversed", "automargin": True}})
 POINTS = 500  # of a distribution that are drawn, evenly taken; a box is always of all
 SMALLEST_ERROR = 1e-8  # drawn for an error of zero, which a logarithm has no place for
 
@@ -195,10 +198,8 @@ def _ladder(where: str, rows: Sequence[Row]) -> Iterator[Figure]:
     data = [{"type": "bar", "orientation": "h", "name": name, "y": [label(r.series) for r in drawn],
              "x": _rounded([part[i] for part in parts]), "marker": {"color": colour}}
             for i, (_, name, colour) in enumerate(STEPS)]
-    layout = {"barmode": "stack", "legend": {"traceorder": "normal"}, "xaxis": {"title": {"text": "ms"}},
-              "yaxis": {"autorange": "reversed", "automargin": True}}
     yield Figure(f"Where the time goes, {where}", "Medians by CUDA events; call overhead is what is left of the whole "
-                 "call.", 140 + 40 * len(drawn), data, layout)
+                 "call.", 140 + 40 * len(drawn), data, {**LADDER})
 
 
 def _served(load: Load, run: Run, rows: Sequence[Row]) -> Iterator[Figure]:
@@ -214,11 +215,9 @@ def _served(load: Load, run: Run, rows: Sequence[Row]) -> Iterator[Figure]:
         if engine is not None:
             data.insert(0, {"type": "bar", "orientation": "h", "name": "in process", "y": ["in process"],
                             "x": _rounded([engine.latency_ms]), "marker": {"color": _colour(engine.series)}})
-        layout = {"barmode": "stack", "legend": {"traceorder": "normal"}, "xaxis": {"title": {"text": "ms"}},
-                  "yaxis": {"autorange": "reversed", "automargin": True}}
         yield Figure(f"A request to the server, {escape(transport)}", "Means by the server's statistics; the way there "
                      "and back is what they leave of the client's time. In process: the median of the same engine "
-                     "without a server.", 200 + 34 * (len(names) + 1), data, layout)
+                     "without a server.", 200 + 34 * (len(names) + 1), data, {**LADDER})
 
 
 def _stages(row: Row) -> list[float]:

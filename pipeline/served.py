@@ -226,7 +226,7 @@ def _wire_type(array: np.ndarray) -> str:
 
 def proof(at: Endpoint, model: str, folder: Path, timeout: float) -> tuple[float, float]:
     """(relative L2 error, limit) of the answer to the request that a deployed version carries. Raises ServerError, or
-    VerifyFailed for a version or an answer that cannot be compared.
+    VerifyFailed beyond the limit, and for a version or an answer that cannot be compared.
 
     A response cache would go on with the right answer when the backend has long stopped: there another row goes along,
     which is another every time, where the model takes more than one.
@@ -247,8 +247,10 @@ def proof(at: Endpoint, model: str, folder: Path, timeout: float) -> tuple[float
         feeds = {name: np.concatenate([a, rng.permutation(a[0].ravel()).reshape(a[:1].shape)])
                  for name, a in feeds.items()}
     with client(at, "grpc", model, feeds, timeout) as infer:
-        found = _compared(infer(), truth, model, more)
-    return verify.furthest(found).relative_l2, limit
+        worst = verify.furthest(_compared(infer(), truth, model, more)).relative_l2
+    if not worst <= limit:
+        raise VerifyFailed(f"model {model}", f"relative L2 error {worst:.1e} to its reference", f"at most {limit:.0e}")
+    return worst, limit
 
 
 def _compared(answer: Any, truth: Mapping[str, np.ndarray], model: str, more: int = 0) -> list[Comparison]:
@@ -405,10 +407,11 @@ def _statistics(at: Endpoint, model: str) -> dict[str, float]:
                    "executions": float(sum(int(s["execution_count"]) for s in found))}
 
 
-def load(at: Endpoint, url: str, model: str, manifest: Mapping[str, Any], cases: Case, clients: Sequence[int],
+def load(at: Endpoint, url: str, config: Any, manifest: Mapping[str, Any], cases: Case, clients: Sequence[int],
          transports: Sequence[str], seconds: float, folder: Path, progress: Progress) -> tuple[Load, Path]:
-    """Measures every number of clients over every transport and writes `loads/<id>.json`. Raises ServerError."""
-    config = at.configuration(model)
+    """Measures every number of clients over every transport on the model that the server runs by `config`, and writes
+    `loads/<id>.json`. Raises ServerError, and UsageError for a model with a response cache."""
+    model = config.name
     if config.response_cache.enable:
         raise UsageError(f"model {model}", "has a response cache, which would answer the equal requests of a load test",
                          "a model without one", "deploy it without --response-cache to measure the engine")

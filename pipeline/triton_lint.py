@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engines import model_file
 from engines.errors import ModelFileError
 from engines.runtime import TensorSpec
@@ -87,8 +85,7 @@ def _tensors(version: Path, config: Any) -> tuple[tuple[TensorSpec, ...], tuple[
     if not (version / DEPLOYMENT).exists():
         raise UsageError(f"plan {file.name}", f"no {DEPLOYMENT} beside it", "the record of its build")
     found = json.loads((version / DEPLOYMENT).read_bytes())
-    inputs, outputs = (tuple(TensorSpec(s["name"], np.dtype(s["dtype"]), tuple(
-        n if isinstance(n, int) else None for n in s["shape"])) for s in found[kind]) for kind in ("inputs", "outputs"))
+    inputs, outputs = (tuple(map(TensorSpec.of, found[kind])) for kind in ("inputs", "outputs"))
     return inputs, outputs
 
 

@@ -258,14 +258,14 @@ def test_reload_of_what_is_no_address_changes_nothing(url: str, deployed: tuple[
 
 def test_a_server_that_hangs_up_passes_no_check() -> None:
     """Neither over HTTP nor over gRPC; and it is no server that could be told of a version."""
-    ones = {"x": np.ones((2, 4), np.float32)}, {"y": np.ones((2, 5), np.float32)}
+    cases = {"x": np.ones((2, 4), np.float32)}, {"y": np.ones((2, 5), np.float32)}
     config = triton_config.model_config_pb2.ModelConfig(name="small", max_batch_size=2)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=_hang_up, args=(listening,))
         thread.start()
         at = served.Endpoint("127.0.0.1", port, port)
-        rows = served.check(at, config, ones, 1e-4, ("http", "grpc"), lambda step: None)
+        rows = served.check(at, config, cases, 1e-4, ("http", "grpc"), lambda step: None)
         with pytest.raises(ServerError, match="a server that answers HTTP"):
             at.states("small")
         listening.shutdown(socket.SHUT_RDWR)
