@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import deploy, serve
+
+PATIENCE = 40.0  # seconds until something that is waited for counts as failed
 
 
 def small(path: Path, width: int = 5, batch: int | str = "batch") -> Path:
@@ -31,6 +34,13 @@ def free_ports() -> list[int]:
         for probe in (one, two, three):
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in (one, two, three)]
+
+
+def eventually(found: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 def asked(request: deploy.Request, server: serve.Server, **more: object) -> deploy.CheckRequest:

@@ -29,21 +29,13 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from engines.errors import ServerError, VerifyFailed
 from pipeline import deploy, model_repository, serve, triton_config
 from tests.pipeline import malformed
-from tests.pipeline.servers import asked, free_ports, small
+from tests.pipeline.servers import PATIENCE, asked, eventually, free_ports, small
 
 ROOT = Path(__file__).resolve().parents[2]
 Deployed = tuple[deploy.Request, deploy.Result]
 ROW = np.array([[0.5, -1.0, 2.0, 0.25]], np.float32)
 RIGHT = ROW @ np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)  # by the weights of small()
 BODY = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": ROW.ravel().tolist()}]})
-PATIENCE = 40.0  # seconds until something that is waited for counts as failed
-
-
-def eventually(found: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 # --- clients ---------------------------------------------------------------------------------------------------
