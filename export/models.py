@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import keras
 
 IMAGES = "images"
+NO_SCOPE = re.compile(r"[^A-Za-z0-9_.\\/>-]")  # what TensorFlow allows in no name of a scope
 
 
 def is_user_model(name: str) -> bool:
@@ -113,6 +115,8 @@ def named(model: Any, name: str, outputs: Sequence[str], size: tuple[int, int] |
                          f"one of {listed([*found, *inner])}")
     found.update({o: inner[o] for o in outputs if o not in found})
     tapped = keras.Model(model.inputs, found, name="model")  # an automatic name counts up, and names the ONNX nodes
+    for layer in tapped._flatten_layers(include_self=False):
+        layer.name = NO_SCOPE.sub("_", layer.name)  # only other backends than TensorFlow's can run it by such a name
     return keras.Model(inputs if len(inputs) > 1 else inputs[0], tapped(inputs if len(inputs) > 1 else inputs[0]),
                        name=name)
 

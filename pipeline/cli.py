@@ -448,7 +448,7 @@ def _progress(silent: bool) -> Iterator[Callable[[str], None]]:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
             task = shown.add_task("start")
             yield lambda step: shown.update(task, description=step)
@@ -458,13 +458,13 @@ def _console() -> Console:
     """The terminal's width, or one that every table fits into."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 144)
+    return Console(width=None if sys.stdout.isatty() else 144, markup=False)  # names may have brackets
 
 
 def _print_lines(console: Console, lines: Iterable[str]) -> None:
     """Each whole, however wide: paths and reasons are copied from here."""
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _print_export(result: ExportResult) -> None:

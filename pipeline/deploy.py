@@ -58,11 +58,11 @@ RESIZED_AT_ONCE = 1024  # more than any network takes, so that the resizing is t
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. `repository` None: `model_repository` of the artifact. `name` None: the artifact's.
-    `labels`: a file with a line for each class. `reload`: the URL of a server of this repository, which is told, and
-    asked over its `grpc_port` too. `server`: `triton`, or `kserve`, which takes the repository from `storage_uri` and
-    runs `min_replicas` (0: none without requests) to `max_replicas` of it. `triton_release`: the server's container,
-    such as `25.01`."""
+    """What a user asks for. `repository` None: `model_repository` of the artifact. `name` None: the artifact's, with _
+    for what a URL does not take. `labels`: a file with a line for each class. `reload`: the URL of a server of this
+    repository, which is told, and asked over its `grpc_port` too. `server`: `triton`, or `kserve`, which takes the
+    repository from `storage_uri` and runs `min_replicas` (0: none without requests) to `max_replicas` of it.
+    `triton_release`: the server's container, such as `25.01`."""
 
     model: str
     out: Path = Path("artifacts")
@@ -120,7 +120,7 @@ def deploy(request: Request, progress: Progress = lambda step: None) -> Result:
     at = _server(request)
     ready = _ready(request, progress)
     choice = _chosen(request, ready, progress)
-    name = request.name or ready.manifest["name"]
+    name = _name(request.name, ready.manifest)
     where = request.repository or ready.folder / REPOSITORY
     service = _service(request, ready, name, choice) if request.server == "kserve" else None
     with model_repository.opened(where) as repository:
@@ -155,6 +155,11 @@ def _check(request: Request) -> None:
                          "letter or digit")
     if request.labels is not None and not request.labels.is_file():
         raise UsageError(f"labels {request.labels}", "no such file", "a file with a line for each class")
+
+
+def _name(asked: str | None, manifest: Mapping[str, Any]) -> str:
+    """What the server calls the model: Triton's HTTP finds none whose name has to be quoted in a URL."""
+    return asked or re.sub(r"[^A-Za-z0-9_.-]", "_", manifest["name"]).lstrip("_.-") or "model"
 
 
 def _server(request: Request) -> Endpoint | None:
@@ -426,7 +431,7 @@ def rollback(request: Request) -> Result:
     if not (folder / workspace.MANIFEST).exists():
         folder = artifact.folder_of(request.model, request.out, lambda step: None)
     where = request.repository or folder / REPOSITORY
-    name = request.name or json.loads((folder / workspace.MANIFEST).read_bytes())["name"]
+    name = _name(request.name, json.loads((folder / workspace.MANIFEST).read_bytes()))
     at = _server(request)
     with model_repository.opened(where) as repository:
         was, now = model_repository.live(where / name), model_repository.earlier(where / name, request.version)
@@ -500,7 +505,7 @@ def check(request: CheckRequest, progress: Progress = lambda step: None) -> Chec
     with workspace.opened(folder) as held:
         manifest = artifact.manifest_of(held)
     cases = verify.load_reference(folder / REFERENCE)
-    name, at = request.name or manifest["name"], served.endpoint(request.url, request.grpc_port)
+    name, at = _name(request.name, manifest), served.endpoint(request.url, request.grpc_port)
     config = at.configuration(name)
     limit = served.limit_of(config) if request.max_error is None else request.max_error
     wire = sorted({"grpc" if one == "shared-memory" else one for one in request.transports or served.TRANSPORTS})

@@ -316,6 +316,20 @@ def test_names_that_are_none(name: str, deployed: tuple[deploy.Request, deploy.R
         deploy.deploy(replace(deployed[0], name=name))
 
 
+def test_a_file_by_a_name_that_no_url_takes(deployed: tuple[deploy.Request, deploy.Result], server: serve.Server,
+                                            tmp_path: Path) -> None:
+    where = deployed[1].repository
+    request = deploy.Request(str(small(tmp_path / "my net[1].onnx")), tmp_path / "out", where)
+    assert deploy.deploy(request).models == {"my_net_1_": 1}
+    server.watch()
+    rows = deploy.check(asked(request, server)).rows
+    assert {(row.transport, row.status) for row in rows} == {("grpc", "passed"), ("http", "passed")}
+    assert deploy.deploy(request).models == {"my_net_1_": 2}
+    assert deploy.rollback(request).models == {"my_net_1_": 1}
+    shutil.rmtree(where / "my_net_1_")
+    server.watch()
+
+
 def test_the_working_folder_as_a_repository(deployed: tuple[deploy.Request, deploy.Result], tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()

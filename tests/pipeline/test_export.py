@@ -180,6 +180,23 @@ def test_users_model_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(str(tmp_path / "code.keras"), "--out", str(tmp_path), "--unsafe") == 0
 
 
+def test_names_that_tensorflow_has_no_scope_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keras on another backend runs a model with such names, and saves it; markup they are not."""
+    import keras
+
+    layers = keras.layers
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="inner: 1")], name="block (1)")
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, layers.Dense(2, name="scores[bold] 2")(inner(x)), name="a net")
+    model.save(tmp_path / "my net[1].keras")
+    assert run(str(tmp_path / "my net[1].keras"), "--out", str(tmp_path)) == 0
+    assert "scores[bold] 2" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "my net[1]/model.onnx")
+    fed = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    (found,) = session.run(["scores[bold] 2"], {"x": fed})
+    np.testing.assert_allclose(found, model(fed), rtol=1e-5, atol=1e-6)
+
+
 def test_layer_that_onnx_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd_model.py").write_text(
