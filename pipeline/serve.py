@@ -18,14 +18,14 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from engines.errors import EngineError, RuntimeUnavailable, ServerError, ServerTimeout
 from export.errors import EnginesmithError, UsageError
@@ -62,7 +62,8 @@ class Request:
 
 def serve(request: Request, progress: Progress = lambda step: None, told: Told = lambda line: None) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises UsageError, RuntimeUnavailable, ServerError, or VerifyFailed."""
-    with _signals() as stopped, started(request, progress, told, stopped) as server:
+    ended = suppress(_Stopped, Timeout)  # while its environment was made, or made by another command
+    with _signals() as stopped, ended, started(request, progress, told, stopped) as server:
         while not stopped():
             server.watch()
             deadline = time.monotonic() + request.health_seconds
@@ -70,6 +71,10 @@ def serve(request: Request, progress: Progress = lambda step: None, told: Told =
                 time.sleep(0.2)
         told("stopping: requests in flight are finished")
     told("stopped")
+
+
+class _Stopped(Exception):
+    """The server's environment was not there yet."""
 
 
 @contextmanager
@@ -97,7 +102,7 @@ def started(request: Request, progress: Progress = lambda step: None, told: Told
     for port in (request.http_port, request.grpc_port, request.metrics_port):
         _check_free(request.listen, port)
     with tempfile.TemporaryDirectory(prefix="enginesmith-serve-") as folder:
-        install = installed(request, Path(folder), progress)
+        install = installed(request, Path(folder), progress, stopped)
         server = Server(request, repository, Path(folder), install, told, stopped)
         try:
             progress("start the server")
@@ -143,7 +148,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "enginesmith"
 
 
-def installed(request: Request, folder: Path, progress: Progress) -> Install:
+def installed(request: Request, folder: Path, progress: Progress, stopped: Callable[[], bool] = lambda: False
+              ) -> Install:
     """The server that is asked for. Raises UsageError or RuntimeUnavailable."""
     if request.tritonserver is not None:
         if not os.access(request.tritonserver, os.X_OK) or request.tritonserver.is_dir():
@@ -152,7 +158,7 @@ def installed(request: Request, folder: Path, progress: Progress) -> Install:
         return Install((str(request.tritonserver.resolve()),), dict(os.environ), own=False)
     if not sys.platform.startswith("linux"):
         raise RuntimeUnavailable("tritonserver", f"none for {sys.platform}", "Linux", CONTAINER)
-    environment = _environment(request.home, progress)
+    environment = _environment(request.home, progress, stopped)
     site = environment / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     server = site / "pytriton/tritonserver"
     backends = _backends(server, folder / "backends")
@@ -165,7 +171,7 @@ def installed(request: Request, folder: Path, progress: Progress) -> Install:
                     f"--cache-directory={server / 'caches'}"), variables, own=True)
 
 
-def _environment(home: Path, progress: Progress) -> Path:
+def _environment(home: Path, progress: Progress, stopped: Callable[[], bool]) -> Path:
     """Made once; a marker that is written last says that it is whole."""
     import onnxruntime  # whichever package it came from
 
@@ -173,7 +179,8 @@ def _environment(home: Path, progress: Progress) -> Path:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     place = home / "-".join(("triton", PYTRITON, "ort", wanted[1].partition("==")[2], "python", python))
     home.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(place.name + ".lock")):
+    progress("look for tritonserver")  # which another command may be installing
+    with FileLock(place.with_name(place.name + ".lock")).acquire(cancel_check=stopped):
         if (place / ".ready").exists():
             return place
         progress("install tritonserver (once, 330 MB)")
@@ -181,13 +188,29 @@ def _environment(home: Path, progress: Progress) -> Path:
         pip = (str(place / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
         for command in ((sys.executable, "-m", "venv", str(place)), (*pip, *wanted),
                         (*pip, "--no-deps", f"nvidia-pytriton=={PYTRITON}")):
-            ended = subprocess.run(command, capture_output=True, text=True)
-            if ended.returncode:
+            code, said = _ran(command, stopped)
+            if code:
                 raise RuntimeUnavailable("tritonserver", f"{command[-1]} could not be installed: "
-                                         f"{ended.stderr.strip().splitlines()[-1:] or ['no message']}"[:300], "",
+                                         f"{said.strip().splitlines()[-1:] or ['no message']}"[:300], "",
                                          "see that pip reaches its index, or give --tritonserver PATH")
         (place / ".ready").touch()
     return place
+
+
+def _ran(command: Sequence[str], stopped: Callable[[], bool]) -> tuple[int, str]:
+    """The exit code and stderr of a command that is ended with this one. Ctrl-C is not for it."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True, preexec_fn=_die_with_parent) as process:
+        try:
+            while not stopped():
+                with suppress(subprocess.TimeoutExpired):
+                    said = process.communicate(timeout=0.1)[1]
+                    return process.returncode, said
+            raise _Stopped
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def _backends(server: Path, folder: Path) -> Path:
@@ -251,7 +274,7 @@ class Server:
                 raise ServerError("tritonserver", self._complaint(), "a server that is ready")
             time.sleep(0.05)
         refused = self._follow()
-        if not self._serving:
+        if not self._serving and not self.stopped():
             raise refused[0]
 
     def _command(self, names: list[str]) -> list[str]:
@@ -369,6 +392,8 @@ class Server:
             self.told(f"{name}: was taken out of the repository, and is not served any more")
         new = [name for name, data in found.items() if data != self._seen.get(name)]
         for name in sorted(new, key=lambda name: (self._turn(name), name)):
+            if self.stopped():
+                break
             self._seen[name] = found[name]
             refused += self._take(name)
         return refused

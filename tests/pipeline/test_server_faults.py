@@ -331,6 +331,11 @@ class Command:
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(True)
 
+    def stubs(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            return [p for p in self.family() if "stub" in " ".join(p.cmdline())]
+        return []
+
     def shared(self) -> list[str]:
         return [path.name for path in Path("/dev/shm").glob(f"enginesmith_{self.process.pid}_*")]
 
@@ -345,18 +350,19 @@ def _read(made: Command) -> None:
 
 
 @contextmanager
-def command(repository: Path, *options: str) -> Iterator[Command]:
-    """The command once it serves. A server that outlives it is ended with it."""
+def command(repository: Path, *options: str, says: str = "answers", cache: Path | None = None) -> Iterator[Command]:
+    """The command once it serves, or `says` something else. A server that outlives it is ended with it."""
     ports = free_ports()
     named = zip(("--http-port", "--grpc-port", "--metrics-port"), map(str, ports), strict=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.serve", str(repository), *(word for pair in named for word in pair), *options],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | ({} if cache is None else {"XDG_CACHE_HOME": str(cache)}))
     made, family = Command(process, ports), []
     reader = threading.Thread(target=_read, args=(made,))
     reader.start()
     try:
-        eventually(lambda: made.said("answers") or process.poll() is not None, "the command serves")
+        eventually(lambda: made.said(says) or process.poll() is not None, "the command serves")
         assert process.poll() is None, made.lines
         family = made.family()
         yield made
@@ -419,6 +425,45 @@ def test_at_sigterm_requests_in_flight_are_answered_and_nothing_is_left(slow: Pa
     assert made.said("stopping") and made.lines[-1].strip() == "stopped"
 
 
+def test_sigterm_while_the_server_starts(slow: Path) -> None:
+    """Its first proof takes a second, which is not interrupted."""
+    with command(slow, says="start the server") as made:
+        eventually(made.stubs, "a backend")
+        family = made.family()
+        made.process.send_signal(signal.SIGTERM)
+        assert made.process.wait(PATIENCE) == 0, made.lines
+        assert gone(made, family) and made.shared() == []
+    assert not made.said("Traceback") and made.lines[-1].strip() == "stopped"
+
+
+def test_sigterm_in_the_middle_of_a_look(slow: Path) -> None:
+    """A look takes a second here, and comes every tenth of one."""
+    with command(slow, "--health-seconds", "0.1") as made:
+        time.sleep(1.5)
+        family = made.family()
+        made.process.send_signal(signal.SIGTERM)
+        assert made.process.wait(PATIENCE) == 0, made.lines
+        assert gone(made, family) and made.shared() == []
+    assert not made.said("again") and made.lines[-1].strip() == "stopped"
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_installation_ends_at_once(told: signal.Signals, deployed: Deployed, tmp_path: Path) -> None:
+    repository = deployed[1].repository
+    with command(repository, says="install", cache=tmp_path) as made:
+        eventually(lambda: list(tmp_path.glob("enginesmith/triton-*/bin/python")), "an environment")
+        with command(repository, says="look for", cache=tmp_path) as waiting:
+            waiting.process.send_signal(told)
+            assert waiting.process.wait(PATIENCE) == 0, waiting.lines
+        assert waiting.lines[-1].strip() == "stopped" and not waiting.said("install")
+        family = made.family()
+        made.process.send_signal(told)
+        assert made.process.wait(PATIENCE) == 0, made.lines
+        assert gone(made, family)
+    assert made.lines[-1].strip() == "stopped" and not made.said("start")
+    assert not list(tmp_path.rglob(".ready"))
+
+
 def test_what_is_deployed_is_followed_at_once_and_ctrl_c_leaves_nothing(deployed: Deployed) -> None:
     with command(deployed[1].repository, "--health-seconds", "600") as made:
         version = deploy.deploy(deployed[0]).models["small"]
@@ -447,7 +492,7 @@ def test_the_command_notices_a_killed_backend_under_load(deployed: Deployed) -> 
         assert live is not None
         load.served(live)
         first = made.triton()
-        next(p for p in first.children(True) if "stub" in " ".join(p.cmdline())).kill()
+        made.stubs()[0].kill()
         eventually(lambda: made.said("started again"), "it is noticed")
         eventually(lambda: not first.is_running(), "the server that lost its backend ends")
         load.served(live)
