@@ -381,8 +381,13 @@ def command(repository: Path, *options: str, says: str = "answers", cache: Path 
 
 
 def gone(made: Command, family: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family) and all(
-        _free(port) for port in made.ports)
+    return not any(_runs(p) for p in family) and all(_free(port) for port in made.ports)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # ended between the two questions
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _free(port: int) -> bool:
