@@ -388,7 +388,7 @@ def _take_back(repository: Repository, name: str, version: int, at: Endpoint | N
 def _change(repository: Repository, at: Endpoint | None, name: str, version: int, change: Callable[[], object],
             progress: Progress) -> None:
     """Has `change` make a version live, and sees that a server `at` serves it. Raises ServerError."""
-    known = {} if at is None else at.states(name)
+    known = {} if at is None else _settled(at, name, version)
     change()
     if at is None:
         return
@@ -397,6 +397,14 @@ def _change(repository: Repository, at: Endpoint | None, name: str, version: int
     if refused is not None:
         raise ServerError(f"model {name}", refused, "a version that loads and answers rightly",
                           "the repository is as it was")
+
+
+def _settled(at: Endpoint, name: str, version: int) -> dict[int, tuple[str, str]]:
+    """What the server says of the versions; not while it unloads this one, whose end would look like a refusal."""
+    deadline = monotonic() + RELOAD_SECONDS
+    while (found := at.states(name)).get(version, ("", ""))[0] == "UNLOADING" and monotonic() < deadline:
+        sleep(0.1)
+    return found
 
 
 def _refused(at: Endpoint, name: str, version: int, known: Mapping[int, tuple[str, str]]) -> str | None:

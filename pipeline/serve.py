@@ -449,7 +449,7 @@ class Server:
         folder = self.rendered / network / str(self._serving.get(network, 0))
         if not (folder / DEPLOYMENT).exists():
             return f"version {self._serving[name]} is served; it carries no reference"
-        error, limit = served.proof(self.endpoint, name, folder, max(2.0, self.request.health_seconds))
+        error, limit = served.proof(self.endpoint, name, folder, max(5.0, self.request.health_seconds))
         self._answered[name] = self.endpoint.successes(name)
         return f"version {self._serving[name]} answers, relative L2 error {error:.1e} (limit {limit:.0e})"
 

@@ -6,8 +6,12 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from export.quiet import load_tensorflow
+
+settings.register_profile("suite", deadline=None)  # a busy machine is no finding
+settings.load_profile("suite")
 
 # a shell's background job ignores Ctrl-C, and what it starts does so too
 signal.signal(signal.SIGINT, signal.default_int_handler)

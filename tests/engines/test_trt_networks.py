@@ -21,6 +21,7 @@ PLAIN = tuple(p for p in PRECISIONS if p != "fp8")  # which needs nvidia-modelop
 EDGES = {"alexnet": 95, "inception_v3": 107, "inception_resnet_v1": 107}
 
 
+@pytest.mark.timeout(900)  # minutes on a busy machine
 @pytest.mark.parametrize("name", catalog.NETWORKS)
 def test_every_precision_and_several_profiles(name: str, tmp_path: Path) -> None:
     options = {"include_top": "false"} if catalog.NETWORKS[name].family in ("alexnet", "vgg") else {}

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import deploy, serve
 
-PATIENCE = 40.0  # seconds until something that is waited for counts as failed
+PATIENCE = 120.0  # seconds until something that is waited for counts as failed
 
 
 def small(path: Path, width: int = 5, batch: int | str = "batch") -> Path:

@@ -54,11 +54,13 @@ def test_memory_of_a_container(limit: str, found: int | None, tmp_path: Path, mo
 def test_load_of_others_is_told_from_ours() -> None:
     spin = [sys.executable, "-c", "while True: pass"]
     with subprocess.Popen(spin) as process:
-        time.sleep(0.3)
-        as_other, as_ours = environment.OtherLoad(()), environment.OtherLoad([process.pid])
-        time.sleep(1)
-        other, ours = as_other.stop(), as_ours.stop()
-        process.kill()
+        try:
+            time.sleep(0.3)
+            as_other, as_ours = environment.OtherLoad(()), environment.OtherLoad([process.pid])
+            time.sleep(1)
+            other, ours = as_other.stop(), as_ours.stop()
+        finally:
+            process.kill()
     assert 0 <= ours < other <= 1
     assert other - ours > 0.1 / (psutil.cpu_count() or 1)  # what a busy machine leaves it of a core
 
