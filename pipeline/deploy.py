@@ -53,6 +53,7 @@ SERVERS = ("triton", "kserve")
 CAPACITY = "capacity"
 RELOAD_SECONDS = 20
 RESIZE, IMAGE = "_resize", "_image"
+IN_NAMES = "A-Za-z0-9_.-"  # what a URL takes as it is
 RESIZED_AT_ONCE = 1024  # more than any network takes, so that the resizing is the same for all of them
 
 
@@ -150,7 +151,7 @@ def _check(request: Request) -> None:
                          "storage URI", "triton, or kserve with the --storage-uri that the cluster reads")
     if request.triton_release is not None:
         triton_releases.find(request.triton_release)
-    if request.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", request.name):
+    if request.name is not None and not re.fullmatch(f"[A-Za-z0-9][{IN_NAMES}]*", request.name):
         raise UsageError(f"name {request.name!r}", "not a name of a model", "letters, digits, _, - and ., the first a "
                          "letter or digit")
     if request.labels is not None and not request.labels.is_file():
@@ -159,7 +160,7 @@ def _check(request: Request) -> None:
 
 def _name(asked: str | None, manifest: Mapping[str, Any]) -> str:
     """What the server calls the model: Triton's HTTP finds none whose name has to be quoted in a URL."""
-    return asked or re.sub(r"[^A-Za-z0-9_.-]", "_", manifest["name"]).lstrip("_.-") or "model"
+    return asked or re.sub(f"[^{IN_NAMES}]", "_", manifest["name"]).lstrip("_.-") or "model"
 
 
 def _server(request: Request) -> Endpoint | None:

@@ -6,11 +6,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import deploy, serve
@@ -41,6 +42,13 @@ def eventually(found: Callable[[], object], what: str, seconds: float = PATIENCE
     while not found():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
+
+
+def stubs(pid: int) -> list[psutil.Process]:
+    """The backend processes below a server, or below what started it."""
+    with suppress(psutil.NoSuchProcess):  # ended meanwhile
+        return [p for p in psutil.Process(pid).children(True) if "stub" in " ".join(p.cmdline())]
+    return []
 
 
 def asked(request: deploy.Request, server: serve.Server, **more: object) -> deploy.CheckRequest:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import psutil
 import pytest
 from onnx import numpy_helper
 
@@ -25,7 +24,7 @@ from engines.errors import ServerError
 from export.errors import CheckFailed, UsageError, WorkspaceError
 from pipeline import capacity, deploy, model_repository, serve, served, triton_config, triton_lint, verify, workspace
 from pipeline.capacity import Curve, Point
-from tests.pipeline.servers import asked, eventually, free_ports, small, watching
+from tests.pipeline.servers import asked, eventually, free_ports, small, stubs, watching
 
 
 def test_a_deployed_version_is_whole(deployed: tuple[deploy.Request, deploy.Result]) -> None:
@@ -77,8 +76,7 @@ def test_the_server_answers_as_the_reference(deployed: tuple[deploy.Request, dep
 def test_a_killed_backend_is_noticed_and_started_again(deployed: tuple[deploy.Request, deploy.Result],
                                                        server: serve.Server) -> None:
     first = server.pid
-    stub = next(p for p in psutil.Process(first).children(True) if "stub" in " ".join(p.cmdline()))
-    stub.send_signal(signal.SIGKILL)
+    stubs(first)[0].send_signal(signal.SIGKILL)
     assert server.endpoint.ready()  # the server's own word
     eventually(lambda: server.watch() or server.pid != first, "it is noticed")
     deploy.check(asked(deployed[0], server)).require()

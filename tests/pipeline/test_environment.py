@@ -52,17 +52,25 @@ def test_memory_of_a_container(limit: str, found: int | None, tmp_path: Path, mo
 
 
 def test_load_of_others_is_told_from_ours() -> None:
-    spin = [sys.executable, "-c", "while True: pass"]
+    spin, cores = [sys.executable, "-c", "while True: pass"], psutil.cpu_count() or 1
     with subprocess.Popen(spin) as process:
         try:
             time.sleep(0.3)
             as_other, as_ours = environment.OtherLoad(()), environment.OtherLoad([process.pid])
+            spun, start = _cpu_seconds(process.pid), time.monotonic()
             time.sleep(1)
             other, ours = as_other.stop(), as_ours.stop()
+            share = (_cpu_seconds(process.pid) - spun) / (time.monotonic() - start) / cores
         finally:
             process.kill()
     assert 0 <= ours < other <= 1
-    assert other - ours > 0.1 / (psutil.cpu_count() or 1)  # what a busy machine leaves it of a core
+    assert other - ours == pytest.approx(share, abs=0.3 / cores)
+    assert share > 0.1 / cores  # what a busy machine leaves it of a core
+
+
+def _cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def test_a_gpu_that_is_not_there() -> None:

@@ -30,7 +30,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from engines.errors import ServerError, VerifyFailed
 from pipeline import deploy, model_repository, serve, triton_config
 from tests.pipeline import malformed
-from tests.pipeline.servers import PATIENCE, asked, eventually, free_ports, small
+from tests.pipeline.servers import PATIENCE, asked, eventually, free_ports, small, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 Deployed = tuple[deploy.Request, deploy.Result]
@@ -332,11 +332,6 @@ class Command:
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(True)
 
-    def stubs(self) -> list[psutil.Process]:
-        with suppress(psutil.NoSuchProcess):  # ended meanwhile
-            return [p for p in self.family() if "stub" in " ".join(p.cmdline())]
-        return []
-
     def shared(self) -> list[str]:
         return [path.name for path in Path("/dev/shm").glob(f"enginesmith_{self.process.pid}_*")]
 
@@ -440,7 +435,7 @@ def test_at_sigterm_requests_in_flight_are_answered_and_nothing_is_left(slow: Pa
 def test_sigterm_while_the_server_starts(slow: Path) -> None:
     """Its first proof takes a second, which is not interrupted."""
     with command(slow, says="start the server") as made:
-        eventually(made.stubs, "a backend")
+        eventually(lambda: stubs(made.process.pid), "a backend")
         family = made.family()
         made.process.send_signal(signal.SIGTERM)
         assert made.process.wait(PATIENCE) == 0, made.lines
@@ -503,7 +498,7 @@ def test_the_command_notices_a_killed_backend_under_load(deployed: Deployed) -> 
         assert live is not None
         load.served(live)
         first = made.triton()
-        made.stubs()[0].kill()
+        stubs(first.pid)[0].kill()
         eventually(lambda: made.said("started again"), "it is noticed")
         eventually(lambda: not first.is_running(), "the server that lost its backend ends")
         load.served(live)
